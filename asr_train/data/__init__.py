@@ -1,0 +1,1 @@
+"""From recorded speech to padded tensors: sources, text, corpus, plan, batches."""

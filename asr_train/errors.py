@@ -1,0 +1,76 @@
+"""Our exceptions, each with the exit code that its program ends with.
+
+A subclass of `WavefleetError` carries a message written for the user: what is wrong, where, and what to do.
+`run_main` turns it into that message on stderr and the exit code; `--debug` shows the traceback instead.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_DONE = 0
+EXIT_USAGE = 2  # the command line or the recipe
+EXIT_STOPPED = 3  # stopped on request, with a committed checkpoint
+EXIT_FAILED = 4
+EXIT_NO_CHECKPOINT = 5  # checkpoints exist, none can be used
+
+
+class WavefleetError(Exception):
+    """Something a user, a disk or a cluster did; its text is the whole message."""
+
+    exit_code = EXIT_FAILED
+
+
+class RecipeError(WavefleetError, ValueError):
+    """The recipe or the command line is wrong; lists every error at once."""
+
+    exit_code = EXIT_USAGE
+
+
+class CorpusError(WavefleetError, ValueError):
+    """The data cannot be prepared or read."""
+
+
+class ModelError(WavefleetError, ValueError):
+    """The model cannot be loaded, built, or used for this."""
+
+
+class CheckpointError(WavefleetError):
+    """Checkpoints exist and none can be used."""
+
+    exit_code = EXIT_NO_CHECKPOINT
+
+
+class RunError(WavefleetError):
+    """The run directory does not allow this: a live run, another recipe, a foreign folder."""
+
+    exit_code = EXIT_USAGE
+
+
+class TrainingError(WavefleetError):
+    """Training cannot go on: too many skipped steps, a failed rank."""
+
+
+def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's main function; a `WavefleetError` becomes its message and its exit code.
+
+    Args:
+        program: takes the arguments without the program's name, returns the exit code.
+        argv: the arguments; `sys.argv[1:]` when None. `--debug` anywhere among them shows tracebacks.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        return program(arguments)
+    except WavefleetError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stderr.close()
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

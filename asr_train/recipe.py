@@ -1,0 +1,240 @@
+"""Reading a recipe: YAML and `key.sub=value` in, a checked `Recipe` or all its errors at once out."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from asr_train import resources
+from asr_train.config import DemoSource, FolderSource, HubSource, Recipe, TableSource
+from asr_train.errors import RecipeError
+from asr_train.files import hash_json
+
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+_UNION_TAGS = {tag for kind in (HubSource, TableSource, FolderSource, DemoSource)
+               for tag in get_args(get_type_hints(kind)["kind"])}  # fmt: skip
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by name, and apply `key.sub=value` overrides.
+
+    Relative paths in it become absolute, from the working directory, so that every later process agrees.
+
+    Raises:
+        RecipeError: lists every problem: dotted key, value, what was expected, and the nearest known key.
+    """
+    try:
+        path = resources.find("recipes", str(recipe))
+    except FileNotFoundError as error:
+        raise RecipeError(str(error)) from None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no recipe: expected `key: value` lines, found {type(values).__name__}")
+    problems = [problem for text in overrides if (problem := _override(values, text))]
+    return decode_recipe(values, where=str(path), problems=problems)
+
+
+def decode_recipe(values: Mapping[str, Any], where: str = "recipe", problems: Sequence[str] = ()) -> Recipe:
+    """Check plain values and make a recipe of them; see `load_recipe`."""
+    found = list(problems)
+    try:
+        recipe = _RECIPE.validate_python(dict(values))
+    except ValidationError as error:
+        found += [_explain(dict(detail)) for detail in error.errors(include_url=False)]
+    else:
+        found += _contradictions(recipe)
+        if not found:
+            return _absolute(recipe)
+    listed = "".join(f"\n  {problem}" for problem in found)
+    raise RecipeError(f"{where}: {len(found)} error{'s' if len(found) > 1 else ''}{listed}")
+
+
+def to_values(recipe: Any) -> dict[str, Any]:
+    """A recipe, or a group of it, as plain values: what `resolved recipe` files hold."""
+    return {key: _plain(value) for key, value in asdict(recipe).items()}
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(to_values(recipe), sort_keys=False, allow_unicode=True)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value of every field that defines the run: data, plan, model, optimizer."""
+    return {key: value for key, value, meta in walk(recipe) if meta["defines_run"]}
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash, in hex, of what defines the run."""
+    return hash_json(identity(recipe))
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """The run's directory: `run_dir`, or runs/<name>-<first 8 digits of the hash>."""
+    if recipe.run_dir is not None:
+        return Path(recipe.run_dir)
+    return Path.cwd() / "runs" / f"{recipe.name}-{recipe_hash(recipe)[:8]}"
+
+
+def walk(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every leaf field: its dotted key, its plain value, and its metadata (`meaning`, `defines_run`)."""
+    for entry in fields(group):
+        value = getattr(group, entry.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", _plain(value), entry.metadata
+
+
+def parse_cadence(cadence: str | None) -> tuple[int, str] | None:
+    """`"500"` -> (500, "steps"); `"2 epochs"` -> (2, "epochs"); None stays None."""
+    if cadence is None:
+        return None
+    number, _, unit = cadence.partition(" ")
+    return int(number), "epochs" if unit else "steps"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _override(values: dict[str, Any], text: str) -> str | None:
+    """Apply one `key.sub=value` in place; what is wrong with it, or None."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        return f"{text!r}: expected key=value, as in optim.lr=1e-5"
+    try:
+        value = yaml.safe_load(raw) if raw else None
+    except yaml.YAMLError:
+        return f"{key}: {raw!r} is not a YAML value"
+    *groups, last = key.split(".")
+    target: Any = values
+    for depth, group in enumerate(groups):
+        if isinstance(target, list):
+            if not group.isdigit() or int(group) >= len(target):
+                return f"{key}: {'.'.join(groups[:depth])} is a list of {len(target)}; name one by its number, from 0"
+            target = target[int(group)]
+            continue
+        if target.get(group) is None:
+            target[group] = {}
+        target = target[group]
+        if not isinstance(target, (dict, list)):
+            return f"{key}: {'.'.join(groups[: depth + 1])} is a value, it has no keys"
+    if isinstance(target, list):
+        return f"{key}: name one of the list by its number, as in {'.'.join(groups)}.0.{last}"
+    target[last] = value
+    return None
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    """One pydantic error as: dotted key, value, what was expected, nearest known key."""
+    location = [item for item in detail["loc"] if item not in _UNION_TAGS]
+    key = ".".join(str(item) for item in location)
+    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(location[:-1], detail["loc"])
+        prefix = "".join(f"{item}." for item in location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return f"{key}: no such field; {hint}"
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; it has no default"
+    if detail["type"] == "union_tag_not_found":
+        return f"{key}.kind: missing; expected one of {', '.join(sorted(_UNION_TAGS))}"
+    if detail["type"] == "union_tag_invalid":
+        tag = detail["ctx"]["tag"]
+        near = difflib.get_close_matches(str(tag), _UNION_TAGS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{key}.kind: {tag!r}: expected one of {', '.join(sorted(_UNION_TAGS))}{hint}"
+    expected = re.sub(r"^(Input|String|Value) should", "should", str(detail["msg"]))
+    if key.endswith(".every") and "pattern" in expected:
+        expected = "should be a number of steps, or `1 epoch`, `2 epochs`"
+    return f"{key}: {detail['input']!r}: {expected}"
+
+
+def _known_keys(location: Sequence[Any], raw_location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the group that a dotted location leads to."""
+    tag = next((item for item in raw_location if item in _UNION_TAGS), None)
+    for kind in (HubSource, TableSource, FolderSource, DemoSource):
+        if tag is not None and tag in get_args(get_type_hints(kind)["kind"]):
+            return [entry.name for entry in fields(kind)]
+    group: Any = Recipe
+    for item in location:
+        group = get_type_hints(group).get(str(item), group)
+    return [entry.name for entry in fields(group)] if is_dataclass(group) else []
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Values that are each right and together wrong."""
+    found = []
+    if (recipe.max_steps is None) == (recipe.max_epochs is None):
+        found.append("max_steps, max_epochs: give exactly one of the two")
+    if not recipe.data.train:
+        found.append("data.train: needs at least one source")
+    if recipe.order != "cost" and recipe.unit_utterances is None:
+        found.append(f"order: {recipe.order!r} takes a fixed count of utterances a unit; set unit_utterances")
+    if recipe.order == "cost" and recipe.unit_utterances is not None:
+        found.append("unit_utterances: order 'cost' sizes units by unit_audio_s; choose order grouped or random")
+    if recipe.data.min_duration_s >= recipe.data.max_duration_s:
+        found.append(f"data.min_duration_s: {recipe.data.min_duration_s}: should be under data.max_duration_s")
+    if abs(sum(recipe.optim.tri_stage) - 1) > 1e-6:
+        found.append(f"optim.tri_stage: {list(recipe.optim.tri_stage)}: the three shares should add up to 1")
+    if len(recipe.text.remove) != len(set(recipe.text.remove)):
+        found.append(f"text.remove: {recipe.text.remove!r}: a character stands twice; give characters, no pattern")
+    return found + _eval_contradictions(recipe)
+
+
+def _eval_contradictions(recipe: Recipe) -> list[str]:
+    found = []
+    if recipe.eval.metrics and not recipe.trust_remote_code:
+        named = ", ".join(recipe.eval.metrics)
+        found.append(f"eval.metrics: {named}: metrics are programs; set trust_remote_code: true")
+    if recipe.eval.best is not None and recipe.eval.best.partition("/")[0] not in recipe.eval.sets:
+        known = ", ".join(recipe.eval.sets)
+        found.append(f"eval.best: {recipe.eval.best!r}: expected SET/METRIC with a set of: {known}")
+    for where, cadence in (("eval.early_stopping", recipe.eval.early_stopping), ("eval.every", recipe.eval.every)):
+        if cadence is not None and not recipe.eval.sets:
+            found.append(f"{where}: needs at least one set in eval.sets")
+    if recipe.eval.early_stopping is not None and recipe.eval.every is None:
+        found.append("eval.early_stopping: needs eval.every")
+    return found
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with its relative paths made absolute."""
+
+    def full(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    def folder_or_hub(name: str | None) -> str | None:
+        return full(name) if name is not None and Path(name).expanduser().exists() else name
+
+    def local(sources: Sequence[Any]) -> tuple[Any, ...]:
+        made = []
+        for source in sources:
+            changes = {key: full(value) for key in ("path", "audio_root") if (value := getattr(source, key, None))}
+            made.append(replace(source, **changes))
+        return tuple(made)
+
+    data = replace(recipe.data, train=local(recipe.data.train), corpus_root=full(recipe.data.corpus_root))
+    return replace(
+        recipe,
+        run_dir=None if recipe.run_dir is None else full(recipe.run_dir),
+        data=data,
+        text=replace(recipe.text, processor=folder_or_hub(recipe.text.processor)),
+        model=replace(recipe.model, pretrained=folder_or_hub(recipe.model.pretrained)),
+        eval=replace(recipe.eval, sets={name: local(sources) for name, sources in recipe.eval.sets.items()}),
+    )

@@ -1,0 +1,1 @@
+"""The command `wavefleet`: runs, processes and clusters. Never imports torch."""
