@@ -51,22 +51,32 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one object as one line, in a single write, so that lines of several processes never mix."""
+    """Append one object as one line, in a single write, so that lines of several processes never mix.
+
+    A torn last line, left by a full disk or a power cut, is closed first, so that it costs no other line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    with path.open("ab", buffering=0) as stream:
-        stream.write(line.encode("utf-8"))
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
+    with path.open("ab+", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if size:
+            stream.seek(size - 1)
+            if stream.read(1) != b"\n":
+                line = b"\n" + line
+        stream.write(line)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the objects of a JSON-lines file; a torn last line, left by a kill, is passed over."""
+    """Read the objects of a JSON-lines file; torn lines, left by a full disk or a power cut, are passed over."""
     if not path.exists():
         return
     with path.open("rb") as stream:
         for line in stream:
-            if not line.endswith(b"\n"):
-                return
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            yield record
 
 
 def publish_dir(aside: Path, final: Path) -> None:

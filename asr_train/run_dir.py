@@ -1,0 +1,198 @@
+"""One run on disk.
+
+recipe.yaml            the resolved recipe
+run.json               run id, name, recipe hash, when it was made
+lock.json              who trains here now: host, pid, heartbeat
+attempts/attempt-001.json   one life of the run: versions, git state, host, world size, strategy
+outcome/attempt-001/rank-0.json   how that attempt ended, a file a rank
+metrics.jsonl          training, evaluation and event lines, append-only
+checkpoints/step-0000000100/      complete under that name, or not there
+evaluations/step-0000000100/SET.jsonl   every hypothesis, worst first
+trained_ids/rank-0.jsonl          which utterances each rank trained on (log.trained_ids)
+trackers/              TensorBoard and others
+export/                the model folder
+done.json              the run is finished
+"""
+
+import os
+import platform
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asr_train.config import Recipe
+from asr_train.errors import RecipeError, RunError
+from asr_train.files import append_jsonl, read_json, read_jsonl, write_json, write_text
+from asr_train.lock import HeartbeatLock, LockHeldError
+from asr_train.recipe import decode_recipe, dump_recipe, identity, recipe_hash
+
+_LIBRARIES = ("wavefleet", "torch", "transformers", "accelerate", "datasets", "numpy", "deepspeed")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and files of one run directory."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """The append-only lines of training, evaluation and events."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of committed checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> Path:
+        """Exists when the run is finished."""
+        return self.path / "done.json"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that this run was started with.
+
+        Raises:
+            RunError: the folder is no run directory.
+        """
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            raise RunError(f"{self.path} is no run directory: it has no recipe.yaml")
+        return decode_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+
+    def evaluation(self, step: int, set_name: str) -> Path:
+        """File of the hypotheses of one evaluation."""
+        return self.path / "evaluations" / f"step-{step:010d}" / f"{set_name}.jsonl"
+
+    def lock(self) -> HeartbeatLock:
+        """The lock that keeps a second training out; see `locked_message` for what the user reads."""
+        return HeartbeatLock(self.path / "lock.json")
+
+    def claim(self, recipe: Recipe, *, allow_change: bool = False) -> None:
+        """Make this the directory of `recipe`, or check that it is already.
+
+        What does not define the run (logging, evaluation, checkpoint cadence) is taken from the new recipe.
+
+        Raises:
+            RunError: it holds another run; lists what differs.
+        """
+        identity_file = self.path / "run.json"
+        if identity_file.exists():
+            self._check_same(recipe, allow_change=allow_change)
+        elif any(self.path.glob("checkpoints/step-*")):
+            raise RunError(
+                f"{self.path} holds checkpoints but no run.json; choose another run_dir, or restore the file"
+            )
+        else:
+            write_json(
+                identity_file,
+                {
+                    "run_id": uuid.uuid4().hex[:12],
+                    "name": recipe.name,
+                    "recipe_hash": recipe_hash(recipe),
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                },
+            )
+        write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+
+    def _check_same(self, recipe: Recipe, *, allow_change: bool) -> None:
+        try:
+            old = identity(self.recipe())
+        except RecipeError as error:
+            raise RunError(f"{self.path / 'recipe.yaml'} cannot be read by this version:\n{error}") from None
+        new = identity(recipe)
+        changed = [key for key in new if old.get(key) != new[key]]
+        if changed and not allow_change:
+            listed = "".join(f"\n  {key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
+            raise RunError(
+                f"{self.path} holds a run of another recipe:{listed}\n"
+                "Choose another run_dir, go back to the old values, or take the change with --allow-change."
+            )
+        if changed:
+            self.done.unlink(missing_ok=True)
+
+    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+        """Number this life of the run, and write what it runs with; for one process, the lock's holder."""
+        folder = self.path / "attempts"
+        attempt = 1 + max((int(path.stem.split("-")[1]) for path in folder.glob("attempt-*.json")), default=0)
+        record = {"attempt": attempt, "started": time.time(), **environment(), **facts}
+        write_json(folder / f"attempt-{attempt:03d}.json", record)
+        return attempt
+
+    def write_outcome(self, attempt: int, rank: int, outcome: Mapping[str, Any]) -> None:
+        """Write how this rank's part of an attempt ended: status, exit_code, message, step."""
+        path = self.path / "outcome" / f"attempt-{attempt:03d}" / f"rank-{rank}.json"
+        write_json(path, {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **outcome})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        append_jsonl(self.metrics, dict(record))
+
+
+def locked_message(run: RunDir, error: LockHeldError) -> str:
+    """What a user reads who starts a run that is already running."""
+    held = error.holder
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.get("since", 0)))
+    return f"{run.path} is being trained by pid {held.get('pid')} on {held.get('host')}, since {since}; nothing was started"
+
+
+def read_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl, for each step (and set) the last attempt that ran it; event lines are left out."""
+    last: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in read_jsonl(run.metrics):
+        if "event" not in line:
+            last[line["step"], line.get("set", "")] = line
+    yield from sorted(last.values(), key=lambda line: (line["step"], line.get("set", "")))
+
+
+def outcomes(run: RunDir) -> dict[int, dict[str, Any]]:
+    """Rank -> outcome of the newest attempt."""
+    folders = sorted((run.path / "outcome").glob("attempt-*"))
+    if not folders:
+        return {}
+    return {int(path.stem.split("-")[1]): read_json(path) for path in sorted(folders[-1].glob("rank-*.json"))}
+
+
+def environment() -> dict[str, Any]:
+    """Host, library versions and the state of the code; no environment variables, for they may hold secrets."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and whether there are uncommitted changes, when the code runs from a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
