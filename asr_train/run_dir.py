@@ -120,18 +120,27 @@ class RunDir:
         if changed:
             self.done.unlink(missing_ok=True)
 
+    def newest_attempt(self) -> int:
+        """Number of the newest attempt, 0 when there was none."""
+        return max(
+            (int(path.stem.split("-")[1]) for path in (self.path / "attempts").glob("attempt-*.json")), default=0
+        )
+
     def start_attempt(self, facts: Mapping[str, Any]) -> int:
         """Number this life of the run, and write what it runs with; for one process, the lock's holder."""
-        folder = self.path / "attempts"
-        attempt = 1 + max((int(path.stem.split("-")[1]) for path in folder.glob("attempt-*.json")), default=0)
+        attempt = self.newest_attempt() + 1
         record = {"attempt": attempt, "started": time.time(), **environment(), **facts}
-        write_json(folder / f"attempt-{attempt:03d}.json", record)
+        write_json(self.path / "attempts" / f"attempt-{attempt:03d}.json", record)
         return attempt
 
     def write_outcome(self, attempt: int, rank: int, outcome: Mapping[str, Any]) -> None:
         """Write how this rank's part of an attempt ended: status, exit_code, message, step."""
         path = self.path / "outcome" / f"attempt-{attempt:03d}" / f"rank-{rank}.json"
         write_json(path, {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **outcome})
+
+    def finish(self, state: Mapping[str, Any]) -> None:
+        """Mark the run as done."""
+        write_json(self.done, dict(state))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -142,7 +151,8 @@ def locked_message(run: RunDir, error: LockHeldError) -> str:
     """What a user reads who starts a run that is already running."""
     held = error.holder
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.get("since", 0)))
-    return f"{run.path} is being trained by pid {held.get('pid')} on {held.get('host')}, since {since}; nothing was started"
+    who = f"pid {held.get('pid')} on {held.get('host')}, since {since}"
+    return f"{run.path} is being trained by {who}; nothing was started"
 
 
 def read_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
