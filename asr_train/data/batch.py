@@ -1,0 +1,141 @@
+"""A unit as padded tensors: waveforms, labels, and the random choices that belong to it.
+
+Shapes: B utterances, S samples (padded), F frames (padded), H channels of the encoder, L transformer layers.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from asr_train.data.spec_augment import MaskSettings, feature_mask, time_mask
+from asr_train.geometry import FrameGeometry
+
+if TYPE_CHECKING:
+    from asr_train.data.plan import Unit
+
+
+class Utterances(Protocol):
+    """What is needed of `data.corpus.CorpusSet`."""
+
+    def waveform(self, i: int) -> npt.NDArray[np.int16]:
+        """Samples of utterance `i`, int16 at 16 kHz."""
+        ...
+
+    def labels(self, i: int) -> npt.NDArray[np.int32]:
+        """Label ids of utterance `i`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What a model needs of its batches."""
+
+    geometry: FrameGeometry
+    normalize: bool  # each waveform to mean 0 and variance 1
+    masks: MaskSettings | None
+    hidden_size: int
+    num_layers: int
+    layerdrop: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One unit as tensors. The lengths stay on the host, where the loss wants them, also after `to`."""
+
+    ids: npt.NDArray[np.int64]  # [B]
+    waveforms: torch.Tensor  # int16 [B, S]
+    shift: torch.Tensor  # float32 [B]; a waveform is (int16 / 32768 - shift) * scale
+    scale: torch.Tensor  # float32 [B]
+    num_samples: torch.Tensor  # int64 [B], host
+    num_frames: torch.Tensor  # int64 [B], host
+    labels: torch.Tensor  # int64 [sum of num_labels]
+    num_labels: torch.Tensor  # int64 [B], host
+    time_mask: torch.Tensor | None  # bool [B, F]
+    feature_mask: torch.Tensor | None  # bool [B, H]
+    keep_layers: torch.Tensor | None  # bool [L]
+    seed: int | None  # of everything random in this unit; None in evaluation
+    padded_samples: int  # S
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The batch on a device, all but its lengths."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The batch in page-locked host memory, from where copies to a GPU do not block."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Any) -> Self:
+        moved = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, torch.Tensor) and entry.name not in ("num_samples", "num_frames", "num_labels"):
+                moved[entry.name] = change(value)
+        return replace(self, **moved)
+
+
+def make_batch(utterances: Utterances, unit: "Unit", settings: BatchSettings, seed: int | None) -> Batch:
+    """Read a unit's utterances and draw its masks and dropped layers from its seed; without a seed there are none."""
+    ids = np.asarray(unit.ids, dtype=np.int64)
+    waves = [utterances.waveform(i) for i in ids.tolist()]
+    labels = [utterances.labels(i) for i in ids.tolist()]
+    num_samples = np.array([len(wave) for wave in waves], dtype=np.int64)
+    num_frames = settings.geometry.num_frames(num_samples)
+    padded = max(unit.padded_samples, settings.geometry.receptive_samples)  # the shortest that gives a frame
+    waveforms = np.zeros((len(ids), padded), dtype=np.int16)
+    for row, wave in enumerate(waves):
+        waveforms[row, : len(wave)] = wave
+    shift, scale = _normalisation(waves) if settings.normalize else (np.zeros(len(ids)), np.ones(len(ids)))
+    masks = _random_choices(settings, num_frames, settings.geometry.num_frames(padded), seed)
+    return Batch(
+        ids=ids,
+        waveforms=torch.from_numpy(waveforms),
+        shift=torch.from_numpy(shift.astype(np.float32)),
+        scale=torch.from_numpy(scale.astype(np.float32)),
+        num_samples=torch.from_numpy(num_samples),
+        num_frames=torch.from_numpy(num_frames),
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        num_labels=torch.tensor([len(ids_) for ids_ in labels], dtype=torch.int64),
+        **masks,
+        seed=seed,
+        padded_samples=padded,
+    )
+
+
+def input_values(batch: Batch) -> torch.Tensor:
+    """The model's input, float32 [B, S], made on the batch's device: normalised where wanted, padding zero.
+
+    Equal to transformers' Wav2Vec2FeatureExtractor on each utterance by itself.
+    """
+    values = batch.waveforms.to(torch.float32).mul_(1 / 32768)
+    values = values.sub_(batch.shift[:, None]).mul_(batch.scale[:, None])
+    lengths = batch.num_samples.to(values.device, non_blocking=True)
+    padding = torch.arange(values.shape[1], device=values.device) >= lengths[:, None]
+    return values.masked_fill_(padding, 0.0)
+
+
+def _normalisation(waves: list[npt.NDArray[np.int16]]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean, and one over the standard deviation, of each waveform; transformers adds 1e-7 to the variance."""
+    means, scales = np.zeros(len(waves)), np.zeros(len(waves))
+    for row, wave in enumerate(waves):
+        values = wave.astype(np.float64) / 32768
+        means[row] = values.mean()
+        scales[row] = 1 / np.sqrt(values.var() + 1e-7)
+    return means, scales
+
+
+def _random_choices(
+    settings: BatchSettings, num_frames: npt.NDArray[np.int64], padded_frames: int, seed: int | None
+) -> dict[str, torch.Tensor | None]:
+    """Masks and kept layers of a unit. Each kind has its own stream: one setting never moves another's draws."""
+    choices: dict[str, npt.NDArray[np.bool_] | None] = dict.fromkeys(("time_mask", "feature_mask", "keep_layers"))
+    if seed is not None:
+        time, feature, layers = (np.random.default_rng([seed, stream]) for stream in range(3))
+        if settings.masks is not None:
+            choices["time_mask"] = time_mask(time, num_frames, padded_frames, settings.masks)
+            choices["feature_mask"] = feature_mask(feature, len(num_frames), settings.hidden_size, settings.masks)
+        if settings.layerdrop > 0:
+            choices["keep_layers"] = layers.random(settings.num_layers) >= settings.layerdrop
+    return {name: None if choice is None else torch.from_numpy(choice) for name, choice in choices.items()}

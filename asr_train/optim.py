@@ -1,0 +1,133 @@
+"""AdamW, its groups of parameters, and learning rates as functions of the step."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from asr_train.config import OptimSettings
+
+HEAD = "lm_head."
+
+
+def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, object]]:
+    """Trained parameters in up to four groups: head or the rest, with weight decay or without.
+
+    Matrices and convolution kernels decay. Biases, norms and everything else of one dimension do not, nor does the
+    magnitude of a weight-normalised kernel. Each group says `head` and `decays`; `apply_schedule` reads them.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith("original0")
+            groups.setdefault((is_head(name), decays), []).append(parameter)
+    return [
+        {"params": groups[head, decays], "head": head, "decays": decays, "lr": settings.lr,
+         "weight_decay": settings.weight_decay if decays else 0.0}
+        for head, decays in sorted(groups)
+    ]  # fmt: skip
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter's name is one of the CTC head, which trains while the transformer is frozen."""
+    return f".{name}".find(f".{HEAD}") >= 0
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW, whose settings `apply_schedule` renews before each update; `create_optimizer_state` makes its state.
+
+    Always torch's loop over lists of tensors, which gives the same bits each time. The fused kernel would skip
+    non-finite fp16 steps by itself, unseen by accelerate, which looks whether `step` was called.
+    """
+    return torch.optim.AdamW(
+        parameter_groups(model, settings), lr=settings.lr, betas=settings.betas, eps=settings.eps, foreach=True
+    )
+
+
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter that has none its Adam state, zero, on the device where the parameter is by now.
+
+    `torch.distributed.checkpoint.state_dict.get_state_dict` runs a step on an optimizer without state, after which
+    counters read 1; so the state is made before, in every run.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, as torch's own
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def apply_schedule(
+    optimizer: torch.optim.Optimizer,
+    settings: OptimSettings,
+    step: int,
+    *,
+    max_steps: int,
+    freeze_transformer_steps: int = 0,
+) -> float:
+    """Set the optimizer up for the update that follows `step` updates; the learning rate of the head.
+
+    A pure function of the step, called before every update. While the transformer is frozen its groups have neither
+    learning rate nor decay, and their counters are put back to zero before each update up to and including the first
+    trained one; so Adam's bias correction counts from the thaw, wherever a run is stopped and resumed.
+    """
+    lr = learning_rate(settings, step, max_steps)
+    for group in optimizer.param_groups:
+        frozen = not group["head"] and step < freeze_transformer_steps
+        group["lr"] = 0.0 if frozen else lr
+        group["weight_decay"] = settings.weight_decay if group["decays"] and not frozen else 0.0
+        if not group["head"] and 0 < step <= freeze_transformer_steps:
+            torch._foreach_zero_([optimizer.state[parameter]["step"] for parameter in group["params"]])
+    return lr
+
+
+def learning_rate(settings: OptimSettings, step: int, max_steps: int) -> float:
+    """The learning rate of the update that follows `step` updates; a pure function, at every step from 0."""
+    return settings.lr * _SHAPES[settings.schedule](settings, step, max_steps)
+
+
+def _tri_stage(settings: OptimSettings, step: int, max_steps: int) -> float:
+    """Linear from the first scale to 1, constant, then exponential down to the last scale.
+
+    Warm-up of W steps: s0 + (1 - s0) * t / W. Hold. Decay of D steps: s1 ** (t / D). After that s1.
+    Source: fairseq's `tri_stage_lr_scheduler`, and Park et al. 2019, SpecAugment.
+    """
+    warmup, hold, decay = (int(share * max_steps) for share in settings.tri_stage)
+    first, last = settings.tri_stage_scales
+    if step < warmup:
+        return first + (1 - first) * step / warmup
+    if step < warmup + hold:
+        return 1.0
+    done = step - warmup - hold
+    return last ** (done / decay) if done <= decay and decay > 0 else last
+
+
+def _linear(settings: OptimSettings, step: int, max_steps: int) -> float:
+    """Warm-up t / W, then linear to zero at the last step. Source: transformers' `get_linear_schedule_with_warmup`."""
+    if step < settings.warmup_steps:
+        return step / settings.warmup_steps
+    return max(0.0, (max_steps - step) / max(1, max_steps - settings.warmup_steps))
+
+
+def _cosine(settings: OptimSettings, step: int, max_steps: int) -> float:
+    """Warm-up t / W, then half a cosine to zero. Source: transformers' `get_cosine_schedule_with_warmup`."""
+    if step < settings.warmup_steps:
+        return step / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, max_steps - settings.warmup_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def _constant(settings: OptimSettings, step: int, max_steps: int) -> float:
+    """Warm-up t / W, then 1. Source: transformers' `get_constant_schedule_with_warmup`."""
+    return step / settings.warmup_steps if step < settings.warmup_steps else 1.0
+
+
+_SHAPES: dict[str, Callable[[OptimSettings, int, int], float]] = {
+    "tri_stage": _tri_stage,
+    "linear": _linear,
+    "cosine": _cosine,
+    "constant": _constant,
+}

@@ -1,0 +1,201 @@
+"""The model that is trained: any CTC model of transformers that takes raw audio, behind one forward.
+
+Shapes: B utterances, S samples, F frames, H channels of the encoder, V classes, L transformer layers.
+
+What transformers would draw at random inside the model comes from outside, so that it belongs to the unit and not to
+the process: SpecAugment masks and dropped layers. Dropouts stay where they are.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from asr_train.data.batch import BatchSettings
+from asr_train.data.spec_augment import MaskSettings
+from asr_train.geometry import FrameGeometry
+
+
+class SpeechModel(nn.Module):
+    """A transformers CTC model with masks, dropped layers and frozen parts as this program wants them.
+
+    Attributes:
+        hf: the transformers model; what is exported.
+        transformer_frozen: when set, only the head is trained: all else runs without gradients, and gets zeros.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        *,
+        normalize: bool,
+        takes_attention_mask: bool,
+        masks: MaskSettings | None = None,
+        layerdrop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.hf = hf
+        self.geometry = FrameGeometry(kernels=tuple(hf.config.conv_kernel), strides=tuple(hf.config.conv_stride))
+        self.normalize = normalize
+        self.takes_attention_mask = takes_attention_mask
+        self.masks = masks
+        self.layerdrop = layerdrop
+        self.transformer_frozen = False
+        self._time_mask: torch.Tensor | None = None
+        self._feature_mask: torch.Tensor | None = None
+        self._keep_layers: torch.Tensor | None = None
+        self._take_over()
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the encoder."""
+        return int(self.hf.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+        return len(self._layers())
+
+    @property
+    def batch_settings(self) -> BatchSettings:
+        """What training batches of this model need."""
+        return BatchSettings(
+            geometry=self.geometry,
+            normalize=self.normalize,
+            masks=self.masks,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            layerdrop=self.layerdrop,
+        )
+
+    def forward(
+        self,
+        waveforms: torch.Tensor,
+        num_samples: torch.Tensor,
+        time_mask: torch.Tensor | None = None,
+        feature_mask: torch.Tensor | None = None,
+        keep_layers: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, F, V] of waveforms float32 [B, S], zero behind `num_samples` int64 [B].
+
+        Args:
+            waveforms: what `data.batch.input_values` gives.
+            num_samples: length of each waveform, on any device.
+            time_mask: bool [B, F], frames replaced by the model's learnt mask vector.
+            feature_mask: bool [B, H], channels set to zero.
+            keep_layers: bool [L], False where a transformer layer is skipped.
+        """
+        self._time_mask, self._feature_mask, self._keep_layers = time_mask, feature_mask, keep_layers
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.transformer_frozen):
+            hidden = self._base(waveforms, attention_mask=self._frame_mask(waveforms, num_samples)).last_hidden_state
+        head: Any = self.hf
+        logits: torch.Tensor = head.lm_head(head.dropout(hidden))  # [B, F, V]
+        unused = self._unused_parameters()
+        return _WithZeroGradients.apply(logits, *unused) if unused else logits  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> "SpeechModel":
+        """Training mode, but batch norms use their stored statistics, so that units stay independent."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def freeze_feature_encoder(self) -> None:
+        """Never train the convolutions; as nothing in them needs a gradient, autograd keeps nothing of them."""
+        self._base.feature_extractor.requires_grad_(False)
+
+    @property
+    def _base(self) -> Any:
+        return self.hf.base_model
+
+    def _layers(self) -> nn.ModuleList:
+        encoder = self._base.encoder
+        return cast(nn.ModuleList, encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
+
+    def _take_over(self) -> None:
+        """Put our masks and dropped layers in the place of the model's own draws."""
+        base, config = self._base, self.hf.config
+        config.layerdrop = 0.0
+        # transformers would ask for the gradient of the raw audio, which costs memory and has no use
+        base.feature_extractor._requires_grad = False
+        base._mask_hidden_states = self._mask_hidden_states
+        base._get_feature_vector_attention_mask = _as_it_is
+        # wavlm's first layer makes the position bias of all others; transformers never skips it
+        first = 1 if config.model_type == "wavlm" else 0
+        for index, layer in enumerate(self._layers()):
+            if index >= first:
+                layer.register_forward_hook(_LayerDrop(self, index))
+        if self.masks is None or self.masks.time_prob == 0:
+            for name, parameter in base.named_parameters(recurse=False):
+                if name == "masked_spec_embed":
+                    parameter.requires_grad_(False)
+
+    def _frame_mask(self, waveforms: torch.Tensor, num_samples: torch.Tensor) -> torch.Tensor | None:
+        """Valid frames, bool [B, F]; at least one each, for attention over nothing is NaN."""
+        if not self.takes_attention_mask:
+            return None
+        lengths = num_samples.to(waveforms.device, non_blocking=True)
+        # floors of floors: the whole stack of convolutions is one floor
+        num_frames = (lengths - self.geometry.receptive_samples) // self.geometry.stride_samples + 1
+        frames = torch.arange(self.geometry.num_frames(waveforms.shape[1]), device=waveforms.device)
+        return frames < num_frames.clamp(min=1)[:, None]
+
+    def _mask_hidden_states(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """SpecAugment on the encoder's input [B, F, H], in place of the model's own."""
+        if self._time_mask is not None:
+            embedding = self._base.masked_spec_embed.to(hidden.dtype)
+            hidden = torch.where(self._time_mask[:, :, None], embedding, hidden)
+        if self._feature_mask is not None:
+            hidden = hidden.masked_fill(self._feature_mask[:, None, :], 0.0)
+        return hidden
+
+    def _unused_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters that this forward gave no part in the logits."""
+        if not torch.is_grad_enabled():
+            return []
+        if self.transformer_frozen:
+            return [parameter for parameter in self._base.parameters() if parameter.requires_grad]
+        embedding = getattr(self._base, "masked_spec_embed", None)
+        return [embedding] if embedding is not None and embedding.requires_grad and self._time_mask is None else []
+
+
+class _LayerDrop:
+    """Forward hook of a transformer layer: where the layer is not kept, its output is its input.
+
+    The layer is always computed, so that every process joins every collective and every parameter gets a gradient,
+    zero when skipped.
+    """
+
+    def __init__(self, model: SpeechModel, index: int) -> None:
+        self.model, self.index = model, index
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        kept = self.model._keep_layers
+        if kept is None:
+            return output
+        if isinstance(output, tuple):
+            return (torch.where(kept[self.index], output[0], args[0]), *output[1:])
+        return torch.where(kept[self.index], output, args[0])
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    """Passes a tensor through, and gives parameters that it does not depend on a gradient of zeros.
+
+    DDP waits for a gradient of every parameter that it was given; so it may stay without `find_unused_parameters`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def _as_it_is(_: int, attention_mask: torch.Tensor, **__: Any) -> torch.Tensor:
+    """`_get_feature_vector_attention_mask` of a model that is given the mask of the frames."""
+    return attention_mask
