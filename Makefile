@@ -1,0 +1,35 @@
+# `make demo`: from nothing to a model that transcribes. `make test`: everything the tests need, then all tests.
+# Both work in .venv, made here. On Linux with an NVIDIA GPU pip installs torch with CUDA, gigabytes of it; the
+# smaller CPU build comes with  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Recorded telephone prompts with their texts, for recipes/telephone.yaml and its tests; Debian's names.
+SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python -m launch.demo
+
+test: $(VENV)/dev.installed
+	@.ci/speech-packages $(SPEECH_PACKAGES)
+	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and alone, at the tested version: pip would take the newest, whose CUDA libraries nobody asked for.
+$(VENV)/%.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

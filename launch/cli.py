@@ -1,0 +1,67 @@
+"""The command `wavefleet`: verb -> module:function, nothing else; imports nothing heavy."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from asr_train import __version__
+from asr_train.errors import EXIT_DONE, RecipeError, run_main
+
+
+class Verb(NamedTuple):
+    """Where a verb lives, and what it does in one line. Verbs of `asr_train` need torch and run in a child process."""
+
+    target: str
+    meaning: str
+
+
+VERBS = {
+    "show": Verb("launch.show:main", "print a recipe, every field with its meaning"),
+    "prepare": Verb("asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed"),
+    "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
+    "evaluate": Verb("asr_train.evaluate:main", "WER and CER of a run or a model on a data set"),
+    "export": Verb("asr_train.export:main", "make a model folder that transformers loads"),
+    "transcribe": Verb("asr_train.transcribe:main", "audio files in; text, word times or subtitles out"),
+}
+
+HELP = (
+    "usage: wavefleet VERB ...\n\n"
+    "Trains Wav2Vec2-style CTC speech recognisers.\n\n"
+    + "".join(f"  {name:<12}{verb.meaning}\n" for name, verb in VERBS.items())
+    + "\n`wavefleet VERB --help` says more. --debug, with any verb, shows tracebacks. --version prints the version.\n"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = ["--debug"] if "--debug" in arguments else []
+    return run_main(lambda rest: _dispatch(rest, debug), arguments)
+
+
+def _dispatch(arguments: Sequence[str], debug: Sequence[str]) -> int:
+    """Run the verb that the first argument names; `debug` goes on to it."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return EXIT_DONE if arguments else RecipeError.exit_code
+    if arguments[0] == "--version":
+        print(f"wavefleet {__version__}")
+        return EXIT_DONE
+    name, *rest = arguments
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
+        raise RecipeError(f"no verb {name!r}; {hint}")
+    module, _, function = VERBS[name].target.partition(":")
+    if module.startswith("asr_train."):
+        from launch.child import run_child  # noqa: PLC0415 - `--help` needs none of it
+
+        return run_child([sys.executable, "-m", module, *rest, *debug]).exit_code
+    program: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    return program([*rest, *debug])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""`wavefleet train`: picks the accelerate config for this machine, runs `accelerate launch`, says how it ended."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asr_train import lock, resources
+from asr_train.config import Recipe
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, RunError
+from asr_train.files import read_json
+from asr_train.recipe import load_recipe, run_directory
+from asr_train.run_dir import RunDir, locked_message
+from launch import devices
+from launch.child import Ended, run_child, workers
+
+# torchrun kills its workers 30 s after it passed a stop signal on, saved or not; here no scheduler waits for us.
+SHUTDOWN_TIMEOUT_S = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a training runs: an accelerate config file, and how many processes of how many threads."""
+
+    config: Path
+    num_processes: int
+    num_threads: int
+    on_cpu: bool
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """`accelerate launch` with explicit flags; what accelerate would otherwise guess is said."""
+        flags = ["--config_file", str(self.config), "--num_machines", "1", "--machine_rank", "0"]
+        flags += ["--num_processes", str(self.num_processes), "--num_cpu_threads_per_process", str(self.num_threads)]
+        flags += ["--main_process_port", "0", "--quiet"]  # any free port, so that two runs share a machine
+        if self.on_cpu and self.num_processes == 1:
+            flags.append("--cpu")  # a plain process; with more processes this flag would start one all the same
+        return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "asr_train", *arguments]
+
+    def environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Our environment and what `accelerate launch` takes from there alone."""
+        extra = {"ACCELERATE_USE_CPU": "true"} if self.on_cpu else {}
+        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S), **environ, **extra}
+
+    def __str__(self) -> str:
+        processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
+        return f"{self.config.stem}, {processes}, CPU threads each: {self.num_threads}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train on this machine; returns 0 done, 2 wrong recipe, 3 stopped and saved, 4 failed, 5 no usable checkpoint."""
+    options = _parser().parse_intermixed_args(argv)
+    recipe = load_recipe(options.recipe, options.overrides)
+    placement = place(recipe, accelerate=options.accelerate, processes=options.processes)
+    run = RunDir(run_directory(recipe))
+    _claim(run, recipe, allow_change=options.allow_change)
+    print(f"{run.path}: {placement}", flush=True)
+
+    attempts_before = _attempts(run)
+    switches = [flag for flag, given in (("--allow-change", options.allow_change), ("--debug", options.debug)) if given]
+    command = placement.command([options.recipe, *options.overrides, *switches])
+    ended = run_child(command, env=placement.environ(os.environ), receivers=workers)
+
+    code, message = verdict(_new_outcomes(run, attempts_before), placement.num_processes, ended)
+    if message:
+        print(message, file=sys.stderr)
+    return code
+
+
+def place(recipe: Recipe, *, accelerate: str | None, processes: int | None) -> Placement:
+    """Choose the accelerate config and the number of processes, and refuse what could not work.
+
+    Args:
+        recipe: says how many units a step has.
+        accelerate: a config file, or the name of a shipped one; None takes what fits the machine.
+        processes: None takes the config's, which for the shipped GPU configs is one a GPU.
+
+    Raises:
+        RecipeError: no such config, one for other hardware, or more processes than GPUs or units.
+    """
+    gpus = _usable_gpus()
+    name = accelerate or ("cpu" if gpus == 0 else "one_gpu" if (processes or gpus) == 1 else "ddp")
+    try:
+        config = resources.find("accelerate_configs", name).absolute()
+    except FileNotFoundError as error:
+        raise RecipeError(f"--accelerate: {error}") from None
+    values = _read_config(config)
+    on_cpu = bool(values.get("use_cpu")) or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    own = values.get("num_processes")
+    num_processes = processes or (own if isinstance(own, int) else gpus)
+    if problem := _mismatch(values, gpus=gpus, on_cpu=on_cpu, num_processes=num_processes):
+        raise RecipeError(f"{config.name}: {problem}")
+
+    from asr_train.data.plan import check_world_size  # noqa: PLC0415 - numpy is only needed here
+
+    check_world_size(recipe.units_per_step, num_processes, recipe.allow_idle_ranks)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return Placement(
+        config=config,
+        num_processes=num_processes,
+        num_threads=int(threads) if threads.isdigit() else max(1, devices.num_cores() // num_processes),
+        on_cpu=on_cpu,
+    )
+
+
+def verdict(outcomes: Mapping[int, Mapping[str, Any]], num_processes: int, ended: Ended) -> tuple[int, str]:
+    """Exit code and closing message of an attempt, from what each rank wrote about its end.
+
+    `accelerate launch` itself only ends with 0 or 1. When a rank fails its peers fail of it: the first one counts.
+    """
+    if not outcomes:
+        return _without_outcomes(ended)
+    failed = {rank: outcome for rank, outcome in outcomes.items() if outcome["status"] == "failed"}
+    if failed:
+        rank = min(failed, key=lambda rank: (failed[rank].get("time", 0), rank))
+        return int(failed[rank]["exit_code"]) or EXIT_FAILED, f"failed: rank {rank}: {failed[rank]['message']}"
+    silent = sorted(set(range(num_processes)) - set(outcomes))
+    if silent:
+        ranks = ", ".join(str(rank) for rank in silent)
+        return EXIT_FAILED, f"failed: no word from rank {ranks}: it was killed, for want of memory perhaps"
+    code = max(int(outcome["exit_code"]) for outcome in outcomes.values())
+    return code, ""
+
+
+def _without_outcomes(ended: Ended) -> tuple[int, str]:
+    if ended.exit_code == EXIT_DONE:
+        return EXIT_DONE, ""
+    if ended.stopped_by is not None:
+        return 128 + ended.stopped_by, "stopped before training began; there was nothing to save"
+    return EXIT_FAILED, "failed: the training program ended before it began; its messages are above"
+
+
+def _claim(run: RunDir, recipe: Recipe, *, allow_change: bool) -> None:
+    """Refuse a live run and a run of another recipe before anything is started."""
+    path = run.path / "lock.json"
+    if held := lock.holder(path):
+        raise RunError(locked_message(run, lock.LockHeldError(path, held)))
+    if not allow_change:  # the training program itself takes changes, and says which
+        run.claim(recipe)
+
+
+def _attempts(run: RunDir) -> set[str]:
+    return {path.stem for path in (run.path / "attempts").glob("attempt-*.json")}
+
+
+def _new_outcomes(run: RunDir, attempts_before: set[str]) -> dict[int, dict[str, Any]]:
+    """Rank -> what it wrote, for the attempt that began since; empty when none did."""
+    new = _attempts(run) - attempts_before
+    if not new:
+        return {}
+    files = (run.path / "outcome" / max(new)).glob("rank-*.json")
+    return {int(path.stem.removeprefix("rank-")): read_json(path) for path in files}
+
+
+def _usable_gpus() -> int:
+    gpus = devices.num_gpus()
+    if gpus and devices.torch_is_cpu_build():
+        print(f"this torch is a CPU build and cannot use the {gpus} GPU(s) of this machine", file=sys.stderr)
+        return 0
+    return gpus
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise RecipeError(f"{path} is no accelerate config: it has no distributed_type")
+    return values
+
+
+def _mismatch(values: Mapping[str, Any], *, gpus: int, on_cpu: bool, num_processes: int) -> str | None:
+    """Why this config cannot run so many processes here; accelerate would often do something else, silently."""
+    kind = str(values["distributed_type"])
+    if values.get("num_machines", 1) != 1:
+        return "it is for several machines; wavefleet train uses one"
+    if not on_cpu and gpus == 0:
+        return "it is for GPUs, and this machine shows none; use --accelerate cpu"
+    if not on_cpu and num_processes > gpus:
+        return f"{num_processes} processes need as many GPUs, and this machine shows {gpus}; use --processes {gpus}"
+    if on_cpu and kind in ("FSDP", "DEEPSPEED"):
+        return f"{kind} needs GPUs; use --accelerate cpu"
+    if kind in ("NO", "False", "MULTI_CPU") and num_processes > 1:
+        return f"distributed_type {kind} runs one process, not {num_processes}; use --accelerate cpu or ddp"
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wavefleet train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change, optim.lr=1e-5 say")
+    parser.add_argument("--accelerate", metavar="FILE", help="accelerate config: a file, or a shipped one by name")
+    parser.add_argument("--processes", type=_count, metavar="N", help="processes on this machine")
+    parser.add_argument("--allow-change", action="store_true", help="go on with a run although its recipe changed")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: should be at least 1")
+    return number
