@@ -148,6 +148,11 @@ class CorpusSet:
         return _mapped(self.path / "num_labels.npy")
 
     @cached_property
+    def num_refused(self) -> int:
+        """Rows of the sources that were refused; `rejected.jsonl` of the corpus names them."""
+        return sum(read_json(self.path.parent / "corpus.json")["sets"][self.name]["rejected"].values())
+
+    @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
         """First row of each shard, and the number of rows: int64 [num_shards + 1]."""
         return np.concatenate([[0], np.cumsum(_mapped(self.path / "shard_rows.npy"))]).astype(np.int64)
