@@ -12,6 +12,7 @@ import yaml
 
 from asr_train import lock, resources
 from asr_train.config import Recipe
+from asr_train.data.plan import check_world_size
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, RunError
 from asr_train.files import read_json
 from asr_train.recipe import load_recipe, run_directory
@@ -94,9 +95,6 @@ def place(recipe: Recipe, *, accelerate: str | None, processes: int | None) -> P
     num_processes = processes or (own if isinstance(own, int) else gpus)
     if problem := _mismatch(values, gpus=gpus, on_cpu=on_cpu, num_processes=num_processes):
         raise RecipeError(f"{config.name}: {problem}")
-
-    from asr_train.data.plan import check_world_size  # noqa: PLC0415 - numpy is only needed here
-
     check_world_size(recipe.units_per_step, num_processes, recipe.allow_idle_ranks)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return Placement(
