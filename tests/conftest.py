@@ -10,7 +10,8 @@ import soundfile
 
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
-from asr_train.recipe import decode_recipe
+from asr_train.prepare import prepare
+from asr_train.recipe import decode_recipe, dump_recipe
 
 RATE = 16_000
 WORDS = ["one", "two", "tree", "seven", "noon", "sell", "bill", "add", "a", "to", "tell", "soon"]
@@ -119,15 +120,12 @@ def tiny_recipe(tiny_speech, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_corpus(tiny_recipe) -> Corpus:
     """The tiny recipe's corpus, prepared."""
-    from asr_train.prepare import prepare
-
     return prepare(tiny_recipe(), progress=False)
 
 
 @pytest.fixture
 def tiny_recipe_file(tiny_recipe, tmp_path):
     """The tiny recipe as a YAML file, for command lines; a function of overrides."""
-    from asr_train.recipe import dump_recipe
 
     def make(**changes) -> Path:
         path = tmp_path / "recipe.yaml"

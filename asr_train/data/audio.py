@@ -144,12 +144,14 @@ def _check_length(file: soundfile.SoundFile, expected: int, found: int) -> None:
 
 
 def _cut_short(stream: BinaryIO) -> str | None:
-    """How a WAV or an Ogg file ends too early, which libsndfile passes over in silence; None when it does not."""
+    """How a WAV, Ogg or MP3 file ends too early, which libsndfile passes over in silence; None when it does not."""
     head = stream.read(12)
     size = stream.seek(0, io.SEEK_END)
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":
         return _cut_wav(stream, size)
-    return _cut_ogg(stream, size) if head[:4] == b"OggS" else None
+    if head[:4] == b"OggS":
+        return _cut_ogg(stream, size)
+    return _cut_mp3(stream, size) if head[:3] == b"ID3" or head[:1] == b"\xff" else None
 
 
 def _cut_wav(stream: BinaryIO, size: int) -> str | None:
@@ -164,6 +166,27 @@ def _cut_wav(stream: BinaryIO, size: int) -> str | None:
             return None if whole else f"{found} of {length} bytes"
         position += 8 + length + length % 2
     return None
+
+
+def _cut_mp3(stream: BinaryIO, size: int) -> str | None:
+    """Compare the byte count of a Xing or Info header, where the encoder wrote one, with the bytes there are."""
+    stream.seek(0)
+    head = stream.read(10)
+    start = 0
+    if head[:3] == b"ID3":  # its size has 7 bits a byte
+        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    stream.seek(start)
+    frame = stream.read(200)
+    position = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if position < 0 or len(frame) < position + 16:
+        return None
+    flags = int.from_bytes(frame[position + 4 : position + 8])
+    if flags & 3 != 3:  # no frame count and byte count
+        return None
+    num_frames, length = int.from_bytes(frame[position + 8 : position + 12]), int.from_bytes(frame[position + 12 :][:4])
+    found = size - start
+    one_frame = length // max(1, num_frames)  # some encoders count the header's own frame, some do not
+    return f"{found} of {length} bytes" if found < length - one_frame else None
 
 
 def _cut_ogg(stream: BinaryIO, size: int) -> str | None:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,12 @@ import pyarrow as pa
 
 from asr_train.config import Recipe
 from asr_train.data.audio import from_flac
+from asr_train.data.lengths import LengthIndex
 from asr_train.data.text import Vocabulary
 from asr_train.errors import CorpusError
 from asr_train.files import hash_json, read_json
 from asr_train.geometry import FrameGeometry
 from asr_train.recipe import to_values
-
-if TYPE_CHECKING:
-    from asr_train.data.plan import LengthIndex
 
 FORMAT = 1
 SCHEMA = pa.schema(
@@ -102,7 +100,7 @@ class Corpus:
             info=info,
             vocabulary=Vocabulary.from_json(info["vocabulary"]),
             geometry=FrameGeometry(kernels=tuple(geometry["kernels"]), strides=tuple(geometry["strides"])),
-            sets={name: _open_set(path, name, info) for name in info["sets"]},
+            sets={name: CorpusSet(path / name, info["identity"]["data"]["encoding"]) for name in info["sets"]},
         )
 
     @property
@@ -124,15 +122,14 @@ class Corpus:
 class CorpusSet:
     """One set of a corpus. Opening maps two arrays; shards are mapped when first read. Pickles as its path."""
 
-    def __init__(self, path: Path, encoding: str = "pcm16", num_refused: int = 0) -> None:
+    def __init__(self, path: Path, encoding: str = "pcm16") -> None:
         self.path = path
         self.name = path.name
-        self.num_refused = num_refused  # rows of the source that are not in the set; rejected.jsonl has them
         self._encoding = encoding
         self._shards: OrderedDict[int, tuple[list[int], list[pa.RecordBatch]]] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type, tuple[Path, str, int]]:
-        return CorpusSet, (self.path, self._encoding, self.num_refused)
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return CorpusSet, (self.path, self._encoding)
 
     def __len__(self) -> int:
         return len(self.num_samples)
@@ -157,13 +154,10 @@ class CorpusSet:
         """First row of each shard, and the number of rows: int64 [num_shards + 1]."""
         return np.concatenate([[0], np.cumsum(_mapped(self.path / "shard_rows.npy"))]).astype(np.int64)
 
-    @property
-    def index(self) -> "LengthIndex":
-        """The plan's index of lengths, memory-mapped; built here where `prepare` saved none."""
-        from asr_train.data.plan import LengthIndex  # noqa: PLC0415 - the plan is needed for training only
-
-        folder = self.path / "index"
-        return LengthIndex.open(folder) if folder.is_dir() else LengthIndex.build(self.num_samples)
+    @cached_property
+    def index(self) -> LengthIndex:
+        """The plan's index of lengths, memory-mapped."""
+        return LengthIndex.open(self.path / "index")
 
     def id(self, row: int) -> str:
         """The utterance's id, unique in the set."""
@@ -234,11 +228,6 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
         return [batch for batch in pa.ipc.open_stream(pa.memory_map(str(path))) if batch.num_rows]
     except (OSError, pa.ArrowInvalid) as error:
         raise CorpusError(f"{path} cannot be read ({error}); delete the corpus and prepare it again") from None
-
-
-def _open_set(path: Path, name: str, info: dict[str, Any]) -> CorpusSet:
-    num_refused = sum(info["sets"][name]["rejected"].values())
-    return CorpusSet(path / name, info["identity"]["data"]["encoding"], num_refused)
 
 
 def _mapped(path: Path) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,11 @@ def rejected_path(folder: Path, number: int) -> Path:
 
 
 def end_with_parent(parent: int) -> None:
-    """Let this worker end when the process that started it is gone, killed too: an orphan would wait for ever."""
+    """Let this worker end when the process that started it is gone, killed too: an orphan would wait for ever.
+
+    Ctrl-C is left to that process, which says what happened.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -52,7 +52,7 @@ class Vocabulary:
     """Tokens and their ids, with the text that `Wav2Vec2CTCTokenizer` of the same tokens would give.
 
     `pad` is the CTC blank. Tokens of several characters, as some pretrained tokenizers have them, are taken longest
-    first, as transformers does.
+    first, as transformers does; unlike there, the spaces around them stay.
     """
 
     tokens: tuple[str, ...]  # index = id
