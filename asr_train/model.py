@@ -13,20 +13,16 @@ from asr_train.config import ModelSettings, Recipe, SpecAugmentSettings
 from asr_train.data.spec_augment import MaskSettings
 from asr_train.data.text import Vocabulary
 from asr_train.errors import ModelError
-from asr_train.model_config import feature_extractor, load_model_config
+from asr_train.model_config import TAKEN, feature_extractor, load_model_config, load_vocabulary
 from asr_train.optim import is_head
 from asr_train.speech_model import SpeechModel
 
 __all__ = ["PADDING_SENSITIVE_OVER", "TAKEN", "SpeechModel", "build_model", "load_exported", "padding_difference"]
 
-TAKEN = (
-    "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-conformer",
-    "wavlm",
-)  # fmt: skip
-"""Model types of AutoModelForCTC that take raw audio."""
-
 PADDING_SENSITIVE_OVER = 1e-4
 """Of `padding_difference`: float32 rounding gives 5e-7, group norm and unmasked convolutions far more than this."""
+
+_MAX_NAMED = 5  # parameters in an error
 
 
 def build_model(recipe: Recipe, vocabulary: Vocabulary, *, say: Callable[[str], None] = print) -> SpeechModel:
@@ -42,7 +38,7 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, *, say: Callable[[str], 
     """
     settings = recipe.model
     config = load_model_config(settings, recipe.trust_remote_code, vocabulary)
-    _check_type(config)
+    _check_adapter(config)
     masks = mask_settings(recipe.spec_augment, config)
     layerdrop = settings.layerdrop if settings.layerdrop is not None else getattr(config, "layerdrop", 0.0)
     # the model has a mask vector only where its config asks for masks
@@ -51,7 +47,7 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, *, say: Callable[[str], 
     extractor = feature_extractor(settings, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        hf = _load(settings, config, recipe.trust_remote_code, say)
+        hf = _load(settings, config, trust_remote_code=recipe.trust_remote_code, say=say)
     model = SpeechModel(
         hf,
         normalize=extractor.do_normalize,
@@ -70,22 +66,13 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, *, say: Callable[[str], 
 
 def mask_settings(settings: SpecAugmentSettings, config: PretrainedConfig) -> MaskSettings:
     """The recipe's masks; the model's own values where the recipe gives none."""
-    on = getattr(config, "apply_spec_augment", True)
-
-    def value(name: str, given: Any) -> Any:
-        own = getattr(config, f"mask_{name}", None)
-        if name.endswith("prob") and not on:
-            own = 0.0
-        return own if given is None else given
-
-    return MaskSettings(
-        time_prob=value("time_prob", settings.time_prob),
-        time_length=value("time_length", settings.time_length),
-        time_min_masks=value("time_min_masks", settings.time_min_masks),
-        feature_prob=value("feature_prob", settings.feature_prob),
-        feature_length=value("feature_length", settings.feature_length),
-        feature_min_masks=value("feature_min_masks", settings.feature_min_masks),
-    )
+    is_on = getattr(config, "apply_spec_augment", True)
+    values = {}
+    for name, given in vars(settings).items():
+        # wavlm knows no mask_feature_min_masks: transformers' functions then take 0
+        own = 0 if name.endswith("_prob") and not is_on else getattr(config, f"mask_{name}", 0)
+        values[name] = own if given is None else given
+    return MaskSettings(**values)
 
 
 def padding_difference(model: SpeechModel) -> float:
@@ -115,27 +102,27 @@ def padding_difference(model: SpeechModel) -> float:
 
 
 def load_exported(path: Path | str) -> tuple[SpeechModel, Vocabulary]:
-    """A model folder of transformers, and its vocabulary, in evaluation mode.
+    """A model folder of transformers, or its name on the hub, and its vocabulary; in evaluation mode.
 
     Raises:
-        ModelError: the folder has no CTC model that takes raw audio.
+        ModelError: the folder has no CTC model that takes raw audio, or one without a trained head.
     """
+
+    def refuse(text: str) -> None:
+        raise ModelError(f"{text}: it has not been trained to write; fine-tune it first")
+
     settings = ModelSettings(pretrained=str(path))
     config = load_model_config(settings)
-    _check_type(config)
+    _check_adapter(config)
     extractor = feature_extractor(settings, config)
-    hf = _load(settings, config, False, print)
+    hf = _load(settings, config, trust_remote_code=False, say=refuse)
     model = SpeechModel(
         hf, normalize=extractor.do_normalize, takes_attention_mask=bool(extractor.return_attention_mask)
     )
-    return model.eval(), Vocabulary.from_tokenizer_dir(Path(path))
+    return model.eval(), load_vocabulary(str(path))
 
 
-def _check_type(config: PretrainedConfig) -> None:
-    if config.model_type not in TAKEN:
-        raise ModelError(
-            f"model: {config.model_type!r} is no CTC model that takes raw audio; these are: {', '.join(TAKEN)}"
-        )
+def _check_adapter(config: PretrainedConfig) -> None:
     if getattr(config, "add_adapter", False):
         raise ModelError(
             "model: convolutional adapters (add_adapter) behind the encoder are not taken; "
@@ -144,13 +131,14 @@ def _check_type(config: PretrainedConfig) -> None:
 
 
 def _load(
-    settings: ModelSettings, config: PretrainedConfig, trust_remote_code: bool, say: Callable[[str], None]
+    settings: ModelSettings, config: PretrainedConfig, *, trust_remote_code: bool, say: Callable[[str], None]
 ) -> PreTrainedModel:
     """Weights: those of `pretrained`, else random ones from torch's generator."""
     automatic: Any = AutoModelForCTC
     attention: str = settings.attention
-    if attention == "sdpa" and not automatic._model_mapping[type(config)]._supports_sdpa:
-        attention = "eager"
+    kind = automatic._model_mapping.get(type(config), None)
+    if attention == "sdpa" and kind is not None and not kind._supports_sdpa:
+        attention = "eager"  # wavlm and sew-d have an attention of their own
     try:
         if settings.pretrained is None:
             hf: PreTrainedModel = automatic.from_config(config, dtype=torch.float32, attn_implementation=attention)
@@ -171,7 +159,11 @@ def _load(
     new = sorted({*found["missing_keys"], *mismatched})
     strange = [name for name in new if not (is_head(name) or name.endswith("masked_spec_embed"))]
     if strange:
-        raise ModelError(f"model: the weights of {settings.pretrained} lack or do not fit: {', '.join(strange)}")
+        more = f" and {len(strange) - _MAX_NAMED} more" if len(strange) > _MAX_NAMED else ""
+        raise ModelError(
+            f"model: the weights of {settings.pretrained} lack or do not fit: {', '.join(strange[:_MAX_NAMED])}{more}; "
+            "is it a model of this type, and does model.config keep its shapes?"
+        )
     if any(is_head(name) for name in new):
-        say(f"the head of {settings.pretrained} is new: {config.vocab_size} classes, random weights")
+        say(f"the head of {settings.pretrained} is made anew: {config.vocab_size} classes, random weights of the seed")
     return hf

@@ -1,5 +1,6 @@
 """What a model's config says before the model is built: geometry, feature extractor, processor (transformers)."""
 
+import difflib
 import os
 import tempfile
 from pathlib import Path
@@ -20,6 +21,14 @@ from asr_train.errors import ModelError
 from asr_train.files import write_json
 from asr_train.geometry import SAMPLE_RATE, FrameGeometry
 
+TAKEN = (
+    "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-conformer",
+    "wavlm",
+)  # fmt: skip
+"""Model types of AutoModelForCTC that take raw audio."""
+
+_TAKEN_ARE = f"these model types are taken: {', '.join(TAKEN)}"
+
 
 def load_model_config(
     settings: ModelSettings, trust_remote_code: bool = False, vocabulary: Vocabulary | None = None
@@ -31,12 +40,12 @@ def load_model_config(
     """
     changes = dict(settings.config)
     if vocabulary is not None:
-        changes |= {
-            "vocab_size": vocabulary.size,
-            "pad_token_id": vocabulary.blank_id,
-            "bos_token_id": None if vocabulary.bos is None else vocabulary.tokens.index(vocabulary.bos),
-            "eos_token_id": None if vocabulary.eos is None else vocabulary.tokens.index(vocabulary.eos),
-        }
+        changes |= {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.blank_id}
+        for key, token in (("bos_token_id", vocabulary.bos), ("eos_token_id", vocabulary.eos)):
+            if token is not None:  # some families' configs want a number, None is refused
+                changes[key] = vocabulary.tokens.index(token)
+    if settings.pretrained is None:
+        _check_type(settings.architecture)
     try:
         if settings.pretrained is None:
             known = AutoConfig.for_model(settings.architecture)
@@ -44,7 +53,8 @@ def load_model_config(
             known = AutoConfig.from_pretrained(
                 settings.pretrained, revision=settings.revision, trust_remote_code=trust_remote_code
             )
-        unknown = sorted(key for key in settings.config if not hasattr(known, key))
+        _check_type(known.model_type)
+        unknown = [_unknown(key, known) for key in settings.config if not hasattr(known, key)]
         if unknown:
             raise ModelError(f"model.config: {known.model_type} has no field {', '.join(unknown)}")
         merged = {**known.to_dict(), **changes}
@@ -53,22 +63,24 @@ def load_model_config(
         raise
     except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, its own strict ones
         name = settings.pretrained or settings.architecture
-        raise ModelError(f"model: the config of {name!r} cannot be made: {error}") from error
+        hint = "" if settings.pretrained is None else f"\n{_TAKEN_ARE}"
+        raise ModelError(f"model: the config of {name!r} cannot be made: {error}{hint}") from error
+
+
+def _unknown(key: str, config: PretrainedConfig) -> str:
+    near = difflib.get_close_matches(key, config.to_dict(), n=1)
+    return f"{key} (did you mean {near[0]}?)" if near else key
+
+
+def _check_type(model_type: str) -> None:
+    """Refuse, by name, what takes something else than raw audio, or has no CTC head."""
+    if model_type not in TAKEN:
+        raise ModelError(f"model: {model_type!r} is no CTC model that takes raw audio; {_TAKEN_ARE}")
 
 
 def frame_geometry(config: PretrainedConfig) -> FrameGeometry:
-    """The convolutions of a raw-audio model.
-
-    Raises:
-        ModelError: the model takes no raw audio.
-    """
-    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
-    if kernels is None or strides is None:
-        raise ModelError(
-            f"model: {config.model_type!r} takes no raw audio (its config has no conv_kernel and conv_stride); "
-            "choose wav2vec2, hubert, wavlm, data2vec-audio, sew, sew-d, unispeech, unispeech-sat or wav2vec2-conformer"
-        )
-    return FrameGeometry(kernels=tuple(kernels), strides=tuple(strides))
+    """The convolutions of a raw-audio model."""
+    return FrameGeometry(kernels=tuple(config.conv_kernel), strides=tuple(config.conv_stride))
 
 
 def feature_extractor(settings: ModelSettings, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:

@@ -79,6 +79,7 @@ def apply_schedule(
         frozen = not group["head"] and step < freeze_transformer_steps
         group["lr"] = 0.0 if frozen else lr
         group["weight_decay"] = settings.weight_decay if group["decays"] and not frozen else 0.0
+        group["betas"], group["eps"] = settings.betas, settings.eps  # not a checkpoint's, where the recipe was changed
         if not group["head"] and 0 < step <= freeze_transformer_steps:
             torch._foreach_zero_([optimizer.state[parameter]["step"] for parameter in group["params"]])
     return lr
@@ -95,14 +96,14 @@ def _tri_stage(settings: OptimSettings, step: int, max_steps: int) -> float:
     Warm-up of W steps: s0 + (1 - s0) * t / W. Hold. Decay of D steps: s1 ** (t / D). After that s1.
     Source: fairseq's `tri_stage_lr_scheduler`, and Park et al. 2019, SpecAugment.
     """
-    warmup, hold, decay = (int(share * max_steps) for share in settings.tri_stage)
+    warmup_share, hold_share, _ = settings.tri_stage
     first, last = settings.tri_stage_scales
+    warmup, decay_from = round(warmup_share * max_steps), round((warmup_share + hold_share) * max_steps)
     if step < warmup:
         return first + (1 - first) * step / warmup
-    if step < warmup + hold:
+    if step < decay_from:
         return 1.0
-    done = step - warmup - hold
-    return last ** (done / decay) if done <= decay and decay > 0 else last
+    return last ** ((step - decay_from) / (max_steps - decay_from)) if step < max_steps else last
 
 
 def _linear(settings: OptimSettings, step: int, max_steps: int) -> float:

@@ -6,15 +6,32 @@ What transformers would draw at random inside the model comes from outside, so t
 the process: SpecAugment masks and dropped layers. Dropouts stay where they are.
 """
 
+import copy
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from asr_train.data.batch import BatchSettings
 from asr_train.data.spec_augment import MaskSettings
 from asr_train.geometry import FrameGeometry
+
+_SDPA = "wavefleet_sdpa"
+
+
+def _padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:
+    """Valid keys, bool [B, 1, 1, F].
+
+    transformers' own asks the device whether anything is padded, a stall a unit, and spells the mask out for every
+    query, F times the memory.
+    """
+    return None if attention_mask is None else attention_mask[:, None, None, :]
+
+
+AttentionInterface.register(_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(_SDPA, _padding_mask)
 
 
 class SpeechModel(nn.Module):
@@ -117,7 +134,13 @@ class SpeechModel(nn.Module):
     def _take_over(self) -> None:
         """Put our masks and dropped layers in the place of the model's own draws."""
         base, config = self._base, self.hf.config
-        config.layerdrop = 0.0
+        if config._attn_implementation == "sdpa":
+            self.hf.set_attn_implementation(_SDPA)
+        if hasattr(config, "layerdrop"):
+            # the model's config keeps the chance, for the export; its encoder must not draw
+            config.layerdrop = self.layerdrop
+            base.encoder.config = copy.deepcopy(config)
+            base.encoder.config.layerdrop = 0.0
         # transformers would ask for the gradient of the raw audio, which costs memory and has no use
         base.feature_extractor._requires_grad = False
         base._mask_hidden_states = self._mask_hidden_states
@@ -127,10 +150,10 @@ class SpeechModel(nn.Module):
         for index, layer in enumerate(self._layers()):
             if index >= first:
                 layer.register_forward_hook(_LayerDrop(self, index))
-        if self.masks is None or self.masks.time_prob == 0:
-            for name, parameter in base.named_parameters(recurse=False):
-                if name == "masked_spec_embed":
-                    parameter.requires_grad_(False)
+        if config.model_type == "wav2vec2-conformer":
+            base.encoder.pos_conv_embed.requires_grad_(False)  # transformers makes it and never uses it
+        if hasattr(base, "masked_spec_embed") and (self.masks is None or self.masks.time_prob == 0):
+            base.masked_spec_embed.requires_grad_(False)
 
     def _frame_mask(self, waveforms: torch.Tensor, num_samples: torch.Tensor) -> torch.Tensor | None:
         """Valid frames, bool [B, F]; at least one each, for attention over nothing is NaN."""

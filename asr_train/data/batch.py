@@ -56,7 +56,7 @@ class Batch:
     time_mask: torch.Tensor | None  # bool [B, F]
     feature_mask: torch.Tensor | None  # bool [B, H]
     keep_layers: torch.Tensor | None  # bool [L]
-    seed: int | None  # of everything random in this unit; None in evaluation
+    seed: int  # of everything random in this unit; 0 in evaluation
     padded_samples: int  # S
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
@@ -99,7 +99,7 @@ def make_batch(utterances: Utterances, unit: "Unit", settings: BatchSettings, se
         labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         num_labels=torch.tensor([len(ids_) for ids_ in labels], dtype=torch.int64),
         **masks,
-        seed=seed,
+        seed=seed or 0,
         padded_samples=padded,
     )
 
