@@ -1,0 +1,193 @@
+"""Checkpoints: written aside by all ranks, then given their name; a checkpoint of that name is whole.
+
+A checkpoint `step-0000000100/` holds `shards/` (torch's distributed format: model and optimizer), `state.json`
+(position, best metrics, GradScaler) and `MANIFEST.json` (every file with its size, and what the checkpoint belongs to).
+"""
+
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from asr_train.errors import CheckpointError
+from asr_train.files import publish_dir, read_json, write_json
+from asr_train.model import SpeechModel
+from asr_train.state import TrainState
+from asr_train.strategy import Parallel
+
+_NAME = re.compile(r"step-(\d{10})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates of the run when it was written."""
+        return int(self.manifest["step"])
+
+    def state(self) -> dict[str, Any]:
+        """The content of state.json: `train` and `scaler`."""
+        content: dict[str, Any] = read_json(self.path / "state.json")
+        return content
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:010d}"
+
+
+def save(folder: Path, parallel: Parallel, state: TrainState, facts: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of the current state; every rank calls this, and returns when it is committed.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before is untouched.
+    """
+    final = checkpoint_path(folder, state.step)
+    if final.exists():
+        return final
+    staging = folder / f".staging-{final.name}-{_agree(parallel, uuid.uuid4().hex[:8])}"
+    model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
+    try:
+        save_tensors(
+            {"model": model_state, "optimizer": optimizer_state},
+            storage_writer=FileSystemWriter(staging / "shards", overwrite=False),
+            no_dist=parallel.world_size == 1,
+        )
+    except CheckpointException as error:  # a BaseException, which `except Exception` misses
+        raise CheckpointError(f"checkpoint of step {state.step} could not be written to {staging}: {error}") from error
+    if parallel.rank == 0:
+        scaler = parallel.accelerator.scaler
+        write_json(staging / "state.json", {"train": state.to_json(), "scaler": scaler and scaler.state_dict()})
+        files = {str(path.relative_to(staging)): path.stat().st_size for path in _files(staging)}
+        write_json(
+            staging / "MANIFEST.json",
+            {"step": state.step, "world_size": parallel.world_size, **facts, "files": files},
+        )
+        publish_dir(staging, final)
+    parallel.accelerator.wait_for_everyone()
+    return final
+
+
+def committed(folder: Path) -> list[Checkpoint]:
+    """Checkpoints that are whole, oldest first: manifest there, every file there with its size."""
+    found = []
+    for path in sorted(folder.glob("step-*")):
+        if _NAME.fullmatch(path.name) and (path / "MANIFEST.json").exists():
+            manifest = read_json(path / "MANIFEST.json")
+            sizes = manifest["files"]
+            if all((path / name).exists() and (path / name).stat().st_size == sizes[name] for name in sizes):
+                found.append(Checkpoint(path, manifest))
+    return found
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None when there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    whole = committed(folder)
+    if whole:
+        return whole[-1]
+    if broken := sorted(path.name for path in folder.glob("step-*")):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(broken)}, and none is whole. Nothing was changed. "
+            "Bring one back, or move this folder away to start from step 0."
+        )
+    return None
+
+
+def best(folder: Path) -> Checkpoint | None:
+    """The checkpoint of the best evaluation; the newest one when none was evaluated or kept."""
+    last = newest(folder)
+    if last is None:
+        return None
+    best_step = last.state()["train"].get("best_step")
+    return next((found for found in committed(folder) if found.step == best_step), last)
+
+
+def restore(checkpoint: Checkpoint, parallel: Parallel, facts: Mapping[str, Any]) -> TrainState:
+    """Load model, optimizer, GradScaler and position; every rank calls this, at any world size.
+
+    Raises:
+        CheckpointError: it belongs to another corpus or plan, or cannot be read.
+    """
+    differ = [key for key in ("corpus_hash", "plan_hash") if checkpoint.manifest.get(key) != facts[key]]
+    if differ:
+        raise CheckpointError(
+            f"{checkpoint.path} was written for another {' and '.join(key.split('_')[0] for key in differ)}; "
+            "going on would repeat and leave out utterances. Bring the corpus back, or choose another run_dir."
+        )
+    model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
+    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        load(tensors, checkpoint_id=checkpoint.path / "shards", no_dist=parallel.world_size == 1)
+    except CheckpointException as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
+    set_state_dict(
+        parallel.model,
+        parallel.optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+    )
+    content = checkpoint.state()
+    if parallel.accelerator.scaler is not None and content["scaler"]:
+        parallel.accelerator.scaler.load_state_dict(content["scaler"])
+    return TrainState.from_json(content["train"])
+
+
+def load_weights(checkpoint: Checkpoint | Path, model: SpeechModel) -> None:
+    """Load a checkpoint's weights into an unwrapped model, in one process, whatever world size wrote it."""
+    path = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
+    weights = get_model_state_dict(model)
+    try:
+        load({"model": weights}, checkpoint_id=path / "shards", no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    model.load_state_dict(weights)
+
+
+def prune(folder: Path, state: TrainState, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one; one process calls this, after a commit."""
+    whole = committed(folder)
+    kept = {found.step for found in whole[-keep_last:]} | {state.best_step}
+    for found in whole:
+        if found.step not in kept:
+            trash = folder / f".trash-{found.path.name}-{uuid.uuid4().hex[:8]}"
+            found.path.rename(trash)
+            shutil.rmtree(trash)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what dead attempts left half written; only the lock's holder calls this, before it writes anything."""
+    for pattern in (".staging-*", ".trash-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _agree(parallel: Parallel, value: str) -> str:
+    """Rank 0's value, on every rank."""
+    if parallel.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

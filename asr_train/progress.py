@@ -1,0 +1,76 @@
+"""What a person sees of a training: a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows steps, loss, WER and speed; says notable things above the bar. Silent on every rank but the first."""
+
+    def __init__(self, *, start_step: int, max_steps: int, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._max_steps = max_steps
+        self._start = (start_step, time.monotonic())
+        self._scores = ""
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if is_shown and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
+            )  # fmt: skip
+            self._task = self._bar.add_task("training", total=max_steps, completed=start_step, shown="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Note that `step` updates are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Show a training line of metrics.jsonl."""
+        shown = f"loss {line['loss']:.3f}  {line['audio_s_per_s']:.0f} audio-s/s{self._scores}"
+        if self._bar is not None:
+            self._bar.update(self._task, shown=shown)
+        else:
+            first_step, started = self._start
+            per_step = (time.monotonic() - started) / max(1, line["step"] - first_step)
+            left_s = per_step * (self._max_steps - line["step"])
+            self.say(f"step {line['step']}/{self._max_steps}  {shown}  {_duration(left_s)} left")
+
+    def score(self, set_name: str, line: dict[str, Any]) -> None:
+        """Show an evaluation line of metrics.jsonl."""
+        self._scores = f"  wer {line['wer']:.1%}"
+        self.say(
+            f"step {line['step']}  {set_name}: WER {line['wer']:.2%}, CER {line['cer']:.2%}, {line['num_rows']} rows"
+        )
+
+    def say(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if not self._is_shown:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,235 @@
+"""How ranks work together: one process, DDP, FSDP2 or DeepSpeed, all through accelerate, all to the same sums.
+
+Gradients are summed over units and ranks, never averaged: each unit's loss is already divided by the utterances of
+the whole step, so the loss scale does not follow the number of processes.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from asr_train.config import Recipe
+from asr_train.errors import RecipeError, TrainingError
+from asr_train.model import SpeechModel
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank this late is dead; the slowest thing ranks wait for is a save
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """The ranks of a training and what they train."""
+
+    accelerator: Accelerator
+    model: nn.Module  # wrapped: what the loop calls
+    module: SpeechModel  # the same model, seen through the wrapping
+    optimizer: torch.optim.Optimizer  # the raw one, whose state a checkpoint holds
+    stepper: Any  # accelerate's wrapped optimizer, or DeepSpeed's: what the loop steps
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @contextlib.contextmanager
+    def unit(self, *, is_last: bool) -> Iterator[None]:
+        """Around forward and backward of a unit: DDP sums over ranks in the step's last one only."""
+        if isinstance(self.model, DistributedDataParallel) and not is_last:
+            with self.model.no_sync():
+                yield
+        else:
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a unit's gradients."""
+        self.accelerator.backward(loss)
+
+    def update(self, sums: torch.Tensor, max_norm: float | None) -> tuple[list[float], float, bool]:
+        """Sum `sums` over ranks, clip, and step the optimizer, or skip on all ranks together; one host sync.
+
+        Args:
+            sums: float64 [n] of this rank; the first is its part of the step's loss.
+            max_norm: gradients are clipped to it.
+
+        Returns:
+            the sums over ranks, the gradients' norm before clipping, and whether the step was applied.
+        """
+        _sum_over_ranks(sums)
+        limit = float("inf") if max_norm is None else max_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)  # unscales fp16 gradients first
+        full: torch.Tensor = cast(DTensor, norm).full_tensor() if isinstance(norm, DTensor) else norm
+        *totals, norm_value = torch.cat([sums, full.detach().double().reshape(1)]).tolist()
+        is_finite = math.isfinite(totals[0]) and math.isfinite(norm_value)
+        if is_finite or self.accelerator.scaler is not None:  # a GradScaler must see a bad step too, to back off
+            self.stepper.step()
+        self.stepper.zero_grad()
+        return totals, norm_value, is_finite
+
+
+class DeepSpeedParallel(Parallel):
+    """DeepSpeed's engine averages over ranks, clips, checks and steps by itself."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a unit's gradients; times the number of ranks, since DeepSpeed averages."""
+        self.model.backward(loss * self.world_size)
+
+    def update(self, sums: torch.Tensor, max_norm: float | None) -> tuple[list[float], float, bool]:
+        """See `Parallel.update`; `max_norm` went into the engine's settings."""
+        _sum_over_ranks(sums)
+        engine: Any = self.model
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        return sums.tolist(), norm, bool(engine.was_step_applied())
+
+
+def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
+    """The accelerate object for a recipe, checked against what was asked for.
+
+    Raises:
+        RecipeError: the accelerate config sets what the recipe alone decides, or the machine cannot do it.
+        TrainingError: accelerate fell back to something else than was asked for.
+    """
+    _check_environment(recipe)
+    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    accelerator = Accelerator(
+        mixed_precision=_PRECISION[recipe.precision],
+        log_with=list(recipe.log.trackers) or None,
+        project_dir=run_path,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+        step_scheduler_with_optimizer=False,
+    )
+    _check_accelerator(recipe, accelerator)
+    return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, max_norm: float | None
+) -> Parallel:
+    """Wrap model and optimizer for the strategy, with gradients summed over ranks."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _prepare_deepspeed(accelerator, model, optimizer, max_norm)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(model._layers()[0]).__name__]
+    wrapped, stepper = accelerator.prepare(model, optimizer)
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.register_comm_hook(None, _sum_hook)
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return Parallel(
+        accelerator=accelerator,
+        model=wrapped,
+        module=accelerator.unwrap_model(wrapped),
+        optimizer=stepper.optimizer,
+        stepper=stepper,
+    )
+
+
+def _prepare_deepspeed(
+    accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, max_norm: float | None
+) -> DeepSpeedParallel:
+    """DeepSpeed's engine; precision and clipping come from the recipe, and its own step is the only boundary."""
+    precision = accelerator.mixed_precision
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config.update(
+        {
+            "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its own throughput figures
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": max_norm or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": False},
+            "fp16": {"enabled": False},
+            # the `bf16` block would convert the weights; autocast keeps them in fp32, as everywhere else
+            "torch_autocast": {"enabled": precision != "no", "dtype": "float16" if precision == "fp16" else "bfloat16"},
+            "steps_per_print": 1_000_000_000,
+        }
+    )
+    engine, stepper = accelerator.prepare(model, optimizer)
+    return DeepSpeedParallel(
+        accelerator=accelerator, model=engine, module=engine.module, optimizer=stepper.optimizer, stepper=stepper
+    )
+
+
+def _sum_over_ranks(values: torch.Tensor) -> None:
+    """Sum a small tensor over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+
+
+def _sum_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """DDP's communication hook: a plain sum, where DDP's own divides by the number of ranks."""
+    future: torch.futures.Future[list[torch.Tensor]] = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def _check_environment(recipe: Recipe) -> None:
+    """Refuse an accelerate config that says otherwise than the recipe; both values named."""
+    problems = []
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", _PRECISION[recipe.precision]):
+        problems.append(f"mixed_precision: {precision} in the accelerate config, precision: {recipe.precision} here")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        problems.append(f"gradient_accumulation_steps: {steps} there, units_per_step: {recipe.units_per_step} here")
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping.lower() not in ("none", "auto", str(recipe.optim.max_grad_norm)):
+        problems.append(f"gradient_clipping: {clipping} there, optim.max_grad_norm: {recipe.optim.max_grad_norm} here")
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise RecipeError(
+            f"the accelerate config sets what the recipe alone decides:{listed}\nTake it out of the config."
+        )
+
+
+def _check_accelerator(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Several combinations fall back silently; say so instead."""
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError("precision: 'fp16': needs a GPU, and this process has none; use fp32 or bf16")
+    asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked_processes:
+        raise TrainingError(
+            f"asked for {asked_processes} processes, but accelerate sees {accelerator.num_processes}: on CPU use the "
+            "config accelerate_configs/cpu.yaml"
+        )
+    asked = {
+        "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+        "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    }
+    for variable, strategy in asked.items():
+        if os.environ.get(variable, "false").lower() == "true" and accelerator.distributed_type != strategy:
+            raise TrainingError(
+                f"asked for {strategy.value}, but accelerate made {accelerator.distributed_type.value} of it"
+                f" on {accelerator.device.type}; use the config ddp or cpu instead"
+            )

@@ -1,0 +1,192 @@
+"""Train a recipe: `python -m asr_train RECIPE`, alone or under `accelerate launch`. The same command resumes.
+
+Exit codes of a worker: 0 done, or stopped with a committed checkpoint; others as in `errors`. How each rank ended
+stands in `outcome/attempt-A/rank-R.json`, for a launcher passes no worker's exit code on.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from asr_train import checkpoint, strategy
+from asr_train.config import Recipe
+from asr_train.data.corpus import Corpus
+from asr_train.data.loader import TurnBatches
+from asr_train.data.plan import Plan, PlanSettings, check_world_size
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, run_main
+from asr_train.estimate import quadratic_share
+from asr_train.lock import LockHeldError
+from asr_train.loop import Job, fit
+from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
+from asr_train.optim import build_optimizer, create_optimizer_state
+from asr_train.prepare import is_prepared, prepare
+from asr_train.recipe import load_recipe, recipe_hash, run_directory
+from asr_train.run_dir import RunDir, locked_message
+from asr_train.state import TrainState
+from asr_train.stop import StopFlag, follow_launcher
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line of the training program."""
+    parser = argparse.ArgumentParser(prog="python -m asr_train", description="Train a recipe, or go on with its run.")
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change, optim.lr=1e-5 say")
+    parser.add_argument("--allow-change", action="store_true", help="go on with a run that another recipe started")
+    arguments = parser.parse_args(argv)
+    return train(load_recipe(arguments.recipe, arguments.overrides), allow_change=arguments.allow_change)
+
+
+def train(recipe: Recipe, *, allow_change: bool = False) -> int:
+    """Train a recipe in its run directory, from its newest checkpoint if there is one; returns the exit code.
+
+    Raises:
+        WavefleetError: whatever keeps it from training, written for the user.
+    """
+    follow_launcher()
+    stop = StopFlag()
+    stop.install()
+    run = RunDir(run_directory(recipe))
+    rank = int(os.environ.get("RANK", "0"))
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            try:
+                stack.enter_context(run.lock())
+            except LockHeldError as error:
+                raise RunError(locked_message(run, error)) from None
+            run.claim(recipe, allow_change=allow_change)
+        if run.done.exists():
+            if rank == 0:
+                print(f"{run.path} is done already; evaluate, export or transcribe with it", file=sys.stderr)
+            return EXIT_DONE
+        attempt = run.start_attempt({"world_size": int(os.environ.get("WORLD_SIZE", "1"))}) if rank == 0 else None
+        try:
+            status, step = _attempt(recipe, run, attempt, stop)
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, WavefleetError) else EXIT_FAILED
+            outcome = {"status": "failed", "exit_code": code, "message": f"{type(error).__name__}: {error}"}
+            run.write_outcome(attempt or run.newest_attempt(), rank, outcome)
+            raise
+        code = EXIT_DONE if status == "done" else EXIT_STOPPED
+        message = f"stopped by {stop.signal_name}" if stop.is_set else status
+        outcome = {"status": status, "exit_code": code, "step": step, "message": message}
+        run.write_outcome(attempt or run.newest_attempt(), rank, outcome)
+    return EXIT_DONE
+
+
+def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -> tuple[str, int]:
+    """One life of the run; how it ended, `done` or `stopped`, and at which step."""
+    # 1. Data: prepared by one process, while the others wait on a file, not in a collective.
+    corpus = _prepared_corpus(recipe, is_main=attempt is not None)
+
+    # 2. Processes.
+    accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
+    check_world_size(recipe.units_per_step, accelerator.num_processes, recipe.allow_idle_ranks)
+    attempt = _from_rank_0(attempt)
+
+    # 3. Model, plan, optimizer.
+    def say(text: str) -> None:
+        if accelerator.is_main_process:
+            print(text, file=sys.stderr)
+
+    model = build_model(recipe, corpus.vocabulary, say=say)
+    difference = padding_difference(model)
+    is_sensitive = difference > PADDING_SENSITIVE_OVER
+    if is_sensitive:
+        say(
+            f"padding changes this model's outputs by {difference:.1e}: evaluated in batches of equal length,"
+            " trained with units of one rounded length"
+        )
+    if is_sensitive and recipe.order == "random":
+        raise RecipeError("order: 'random': pads utterances of all lengths together, which this model does not bear")
+    plan = _make_plan(recipe, corpus, quadratic_share(model.hf.config.to_dict()))
+    parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe.optim.max_grad_norm)
+    create_optimizer_state(parallel.optimizer)
+    job = Job(
+        recipe=recipe,
+        run=run,
+        attempt=attempt,
+        corpus=corpus,
+        plan=plan,
+        parallel=parallel,
+        batches=TurnBatches(plan, corpus.train, model.batch_settings, recipe.seed),
+        max_steps=recipe.max_steps or (recipe.max_epochs or 0) * plan.steps_per_epoch,
+        equal_lengths=is_sensitive,
+        facts={
+            "recipe_hash": recipe_hash(recipe), "corpus_hash": corpus.hash, "plan_hash": plan.hash, "attempt": attempt,
+        },
+    )  # fmt: skip
+
+    # 4. Where weights come from: pretrained or random ones (above), unless the run has a checkpoint.
+    state = TrainState()
+    newest = checkpoint.newest(run.checkpoints)
+    if newest is not None:
+        state = checkpoint.restore(newest, parallel, job.facts)
+        say(f"resumed from {newest.path.name}")
+    if job.is_main:
+        checkpoint.remove_leftovers(run.checkpoints)
+    job.log({"event": "restored" if newest else "started", "step": state.step, **_facts(job, difference)})
+    accelerator.init_trackers(recipe.name)
+
+    # 5. Train.
+    try:
+        return fit(job, state, stop), state.step
+    finally:
+        accelerator.end_training()
+
+
+def _facts(job: Job, difference: float) -> dict[str, Any]:
+    """What an attempt's first line says of it."""
+    parallel = job.parallel
+    return {
+        "world_size": parallel.world_size,
+        "strategy": parallel.accelerator.distributed_type.value,
+        "precision": job.recipe.precision,
+        "tf32": job.recipe.tf32,
+        "deterministic": job.recipe.deterministic,
+        "device": torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "cpu",
+        "steps_per_epoch": job.plan.steps_per_epoch,
+        "max_steps": job.max_steps,
+        "num_parameters": sum(parameter.numel() for parameter in parallel.module.parameters()),
+        "padding_difference": difference,
+    }
+
+
+def _prepared_corpus(recipe: Recipe, *, is_main: bool) -> Corpus:
+    """The corpus of a recipe; rank 0 prepares it if need be, the others look every second whether it is there."""
+    if is_main:
+        return prepare(recipe)
+    while (path := is_prepared(recipe)) is None:
+        time.sleep(1.0)
+    return Corpus.open(path)
+
+
+def _make_plan(recipe: Recipe, corpus: Corpus, quadratic: float) -> Plan:
+    settings = PlanSettings(
+        unit_audio_s=recipe.unit_audio_s,
+        unit_utterances=recipe.unit_utterances,
+        units_per_step=recipe.units_per_step,
+        order=recipe.order,
+        quadratic=quadratic,
+        stride_samples=corpus.geometry.stride_samples,
+    )
+    return Plan(corpus.train.index, settings, recipe.seed)
+
+
+def _from_rank_0(value: int | None) -> int:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    assert values[0] is not None
+    return values[0]
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,397 @@
+"""The promises of the loop: the same run on any number of processes, nothing lost, nothing twice, bit-equal resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
+
+from asr_train import checkpoint
+from asr_train.errors import RecipeError, RunError, TrainingError
+from asr_train.files import read_json, read_jsonl
+from asr_train.recipe import dump_recipe
+from asr_train.run_dir import RunDir, outcomes, read_metrics
+from asr_train.train import train
+
+# Everything random is on: dropouts, SpecAugment, layerdrop. Layer norm in the feature encoder, so padding is harmless.
+MODEL = {
+    "architecture": "wav2vec2",
+    "layerdrop": 0.2,
+    "config": {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "conv_dim": [8] * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+        "feat_proj_dropout": 0.1,
+        "final_dropout": 0.1,
+    },
+}
+MASKS = {"time_prob": 0.3, "time_length": 3, "feature_prob": 0.1, "feature_length": 4}
+
+
+@pytest.fixture
+def recipe(tiny_recipe, tmp_path):
+    """Recipe of a small run, as `recipe(name, key=value, ...)`; keys with dots as `optim__lr`."""
+
+    def make(name, **changes):
+        values = {
+            "run_dir": str(tmp_path / name),
+            "max_steps": 60,
+            "unit_audio_s": 8,
+            "units_per_step": 4,
+            "num_workers": 0,
+            "model": MODEL,
+            "spec_augment": MASKS,
+            "optim.lr": 2e-3,
+            "log": {"every": 1, "trained_ids": True},
+        }
+        return tiny_recipe(**{key.replace("__", "."): value for key, value in {**values, **changes}.items()})
+
+    return make
+
+
+def run_on(world_size, recipe):
+    assert run_ranks(world_size, train, recipe) == [0] * world_size
+    return RunDir(Path(recipe.run_dir))
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_metrics(run) if "set" not in line}
+
+
+def trained(run):
+    """step -> ids, sorted, of the last attempt that ran it, over all ranks."""
+    lines = [line for path in sorted((run.path / "trained_ids").glob("*.jsonl")) for line in read_jsonl(path)]
+    last = {}
+    for line in lines:
+        last[line["step"]] = max(last.get(line["step"], 0), line["attempt"])
+    found = {}
+    for line in lines:
+        if line["attempt"] == last[line["step"]]:
+            found.setdefault(line["step"], []).extend(line["ids"])
+    return {step: sorted(ids) for step, ids in sorted(found.items())}
+
+
+def weights(run):
+    newest = checkpoint.newest(run.checkpoints)
+    state = {}
+    metadata = dcp.FileSystemReader(newest.path / "shards").read_metadata()
+    for key, entry in metadata.state_dict_metadata.items():
+        if key.startswith("model."):
+            state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(state, checkpoint_id=newest.path / "shards", no_dist=True)
+    return state
+
+
+def assert_close(found, expected, relative=1e-5):
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert abs(found[step] - loss) <= relative * abs(loss), f"step {step}: {found[step]} for {loss}"
+
+
+def test_1_2_and_3_processes_make_the_same_run(recipe):
+    one, two, three = (run_on(size, recipe(f"on{size}", units_per_step=5)) for size in (1, 2, 3))
+    assert len(losses(one)) == 60
+    assert_close(losses(two), losses(one))
+    assert_close(losses(three), losses(one))
+    assert trained(one) == trained(two) == trained(three)
+    steps = read_json(one.path / "attempts" / "attempt-001.json")
+    assert steps["world_size"] == 1
+    everyone = Counter(ids_ for ids in trained(two).values() for ids_ in ids)
+    per_epoch = next(line for line in read_jsonl(one.metrics) if line.get("event") == "started")["steps_per_epoch"]
+    whole_epochs = 60 // per_epoch
+    assert whole_epochs >= 2
+    seen = Counter(ids_ for step, ids in trained(two).items() if step <= whole_epochs * per_epoch for ids_ in ids)
+    assert set(seen.values()) == {whole_epochs}
+    assert seen.keys() == everyone.keys()
+
+
+def test_a_step_with_fewer_units_than_ranks(recipe):
+    one = run_on(1, recipe("on1", units_per_step=2, max_steps=20))
+    three = run_on(3, recipe("on3", units_per_step=2, max_steps=20, allow_idle_ranks=True))
+    assert_close(losses(three), losses(one))
+    assert trained(three) == trained(one)
+
+
+def test_more_processes_than_units_are_refused_with_the_sums(recipe):
+    def refused():
+        with pytest.raises(RecipeError) as caught:
+            train(recipe("on3", units_per_step=2))
+        return str(caught.value)
+
+    message = run_ranks(3, refused)[0]
+    assert "units_per_step=2 keeps 2 of 3 processes busy" in message
+    assert "--processes 2" in message
+
+
+def test_accelerate_launch_makes_the_same_run_too(recipe, tmp_path):
+    alone = run_on(1, recipe("alone", max_steps=50))
+    launched = recipe("launched", max_steps=50)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(launched))
+    config = Path(__file__).parent.parent / "accelerate_configs" / "cpu.yaml"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2",
+            "--main_process_port", "0", "-m", "asr_train", str(path),
+        ],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = RunDir(Path(launched.run_dir))
+    assert_close(losses(run), losses(alone))
+    assert {rank: found["status"] for rank, found in outcomes(run).items()} == {0: "done", 1: "done"}
+
+
+def start(recipe):
+    """Train in a forked process; its pid."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            code = train(recipe)
+        finally:
+            os._exit(code)
+    return pid
+
+
+def wait_for_step(recipe, step):
+    run = RunDir(Path(recipe.run_dir))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in read_metrics(run)):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(recipe, number, num_workers):
+    def slowed(name):
+        return recipe(name, max_steps=40, num_workers=num_workers, checkpoint__every="7")
+
+    whole = run_on(1, slowed("whole"))
+    broken = slowed("broken")
+    pid = start(broken)
+    wait_for_step(broken, 17)
+    os.kill(pid, number)
+    _, status = os.waitpid(pid, 0)
+    if number == signal.SIGTERM:
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert outcomes(RunDir(Path(broken.run_dir)))[0]["status"] == "stopped"
+        assert outcomes(RunDir(Path(broken.run_dir)))[0]["exit_code"] == 3
+    else:
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    resumed = run_on(1, broken)
+    assert max(line["attempt"] for line in read_metrics(resumed)) == 2
+    assert losses(resumed) == losses(whole)
+    assert trained(resumed) == trained(whole)
+    expected, found = weights(whole), weights(resumed)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_stop_on_2_processes_resume_on_3_then_on_1(recipe):
+    one = run_on(1, recipe("one", max_steps=30))
+    moving = recipe("moving", max_steps=30)
+
+    def stopping():
+        if os.environ["RANK"] == "1":  # one rank is told; all stop after the same step
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+        return train(moving)
+
+    run = RunDir(Path(moving.run_dir))
+    assert run_ranks(2, stopping) == [0, 0]
+    first = checkpoint.newest(run.checkpoints).step
+    assert {found["status"] for found in outcomes(run).values()} == {"stopped"} or first == 30
+    run_on(3, moving)
+    assert_close(losses(run), losses(one))
+    assert trained(run) == trained(one)
+
+
+def test_a_finished_run_says_so_and_trains_nothing(recipe, capfd):
+    small = recipe("small", max_steps=3)
+    run = run_on(1, small)
+    before = run.metrics.read_text()
+    assert run_ranks(1, train, small) == [0]
+    assert "done already" in capfd.readouterr().err
+    assert run.metrics.read_text() == before
+
+
+def test_a_live_run_is_refused_with_host_and_pid(recipe):
+    small = recipe("small", max_steps=3)
+    with RunDir(Path(small.run_dir)).lock(), pytest.raises(RunError) as caught:
+        train(small)
+    assert f"pid {os.getpid()} on {os.uname().nodename}" in str(caught.value)
+
+
+def test_another_recipe_is_refused_and_lists_what_differs(recipe):
+    run_on(1, recipe("small", max_steps=3))
+    with pytest.raises(RunError, match="max_steps: 3 -> 4"):
+        train(recipe("small", max_steps=4))
+
+
+def test_steps_that_are_not_finite_are_skipped_named_and_bounded(recipe):
+    wild = recipe("wild", optim__lr=1e30, optim__max_grad_norm=None, limits__max_skipped_steps=3)
+
+    def failing():
+        with pytest.raises(TrainingError) as caught:
+            train(wild)
+        return str(caught.value)
+
+    message = run_ranks(2, failing)[0]
+    assert "3 steps in a row were not finite" in message
+    run = RunDir(Path(wild.run_dir))
+    skipped = [line for line in read_jsonl(run.metrics) if line.get("event") == "skipped"]
+    assert len(skipped) == 3
+    assert skipped[-1]["ids"] == trained(run).get(skipped[-1]["step"], skipped[-1]["ids"]) != []
+    assert {found["exit_code"] for found in outcomes(run).values()} == {4}
+
+
+def test_fp16_without_a_gpu_is_refused(recipe):
+    def refused():
+        with pytest.raises(RecipeError, match="fp16"):
+            train(recipe("half", precision="fp16"))
+
+    run_ranks(1, refused)
+
+
+def test_bf16_trains(recipe):
+    run = run_on(1, recipe("half", precision="bf16", max_steps=4))
+    assert len(losses(run)) == 4
+
+
+def test_an_accelerate_config_that_says_otherwise_is_refused_with_both_values(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+
+    def refused():
+        with pytest.raises(RecipeError) as caught:
+            train(recipe("x"))
+        return str(caught.value)
+
+    message = run_ranks(1, refused)[0]
+    assert "mixed_precision: bf16" in message
+    assert "precision: fp32" in message
+    assert "gradient_accumulation_steps: 4" in message
+
+
+def test_evaluations_lines_best_checkpoint_and_early_stopping(recipe):
+    run = run_on(
+        2,
+        recipe("stale", max_steps=40, optim__lr=1e-9, eval__every="4", eval__early_stopping=2, checkpoint__keep_last=1),
+    )
+    lines = [line for line in read_metrics(run) if "set" in line]
+    steps = [line["step"] for line in lines]
+    assert steps == [4, 8, 12]  # the first is the best, two without a better one end the run
+    for line in lines:
+        assert line["num_rows"] > 0
+        assert 0 <= line["wer"]
+        rows = list(read_jsonl(run.evaluation(line["step"], line["set"])))
+        assert len(rows) == line["num_rows"]
+    kept = [found.step for found in checkpoint.committed(run.checkpoints)]
+    assert kept == [4, 12]  # the best and the last
+    assert checkpoint.best(run.checkpoints).step == 4
+    assert read_json(run.done)["best_step"] == 4
+
+
+def test_training_lines_have_every_field(recipe):
+    run = run_on(1, recipe("fields", max_steps=3))
+    line = next(line for line in read_metrics(run) if "set" not in line)
+    names = "attempt step epoch loss grad_norm lr num_utterances audio_s padded_audio_s step_time_s data_wait_s audio_s_per_s"
+    assert set(names.split()) <= line.keys()
+    assert 0 < line["audio_s"] <= line["padded_audio_s"]
+    assert line["num_utterances"] == len(trained(run)[line["step"]])
+
+
+def test_a_frozen_transformer_thaws_at_its_step_wherever_the_run_was_stopped(recipe):
+    def frozen(name, **changes):
+        return recipe(name, max_steps=12, model__freeze_transformer_steps=6, checkpoint__every="1",
+                      checkpoint__keep_last=20, **changes)  # fmt: skip
+
+    whole = run_on(1, frozen("whole"))
+    start_weights = _weights_at(whole, 1)
+    before_thaw, after_thaw = _weights_at(whole, 6), _weights_at(whole, 7)
+    moved = {key for key in start_weights if not torch.equal(start_weights[key], before_thaw[key])}
+    assert moved == {key for key in start_weights if ".lm_head." in key}
+    assert any(not torch.equal(before_thaw[key], after_thaw[key]) for key in before_thaw if ".encoder." in key)
+    two = run_on(2, frozen("two"))
+    assert_close(losses(two), losses(whole))
+    for stop_at in (5, 6, 7):
+        resumed = frozen(f"stop{stop_at}")
+        _copy_run_until(whole, RunDir(Path(resumed.run_dir)), stop_at)
+        run = run_on(1, resumed)
+        for key, tensor in _weights_at(whole, 12).items():
+            assert torch.equal(_weights_at(run, 12)[key], tensor), (stop_at, key)
+
+
+def _weights_at(run, step):
+    folder = run.path / "only"
+    folder.mkdir(exist_ok=True)
+    target = checkpoint.checkpoint_path(run.checkpoints, step)
+    state = {}
+    metadata = dcp.FileSystemReader(target / "shards").read_metadata()
+    for key, entry in metadata.state_dict_metadata.items():
+        if key.startswith("model."):
+            state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(state, checkpoint_id=target / "shards", no_dist=True)
+    return state
+
+
+def _copy_run_until(source, target, step):
+    import shutil
+
+    for found in checkpoint.committed(source.checkpoints):
+        if found.step <= step:
+            shutil.copytree(found.path, target.checkpoints / found.path.name)
+    for name in ("run.json", "recipe.yaml"):
+        shutil.copy(source.path / name, target.path / name)
+
+
+def test_a_torn_checkpoint_is_passed_over_and_none_whole_is_a_hard_stop(recipe):
+    run = run_on(1, recipe("torn", max_steps=6, checkpoint__every="2", checkpoint__keep_last=9))
+    shard = next((checkpoint.checkpoint_path(run.checkpoints, 6) / "shards").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert checkpoint.newest(run.checkpoints).step == 4
+    for found in checkpoint.committed(run.checkpoints):
+        (found.path / "MANIFEST.json").unlink()
+    run.done.unlink()
+
+    def refused():
+        from asr_train.errors import CheckpointError
+
+        with pytest.raises(CheckpointError, match="none is whole"):
+            train(run.recipe())
+
+    run_ranks(1, refused)
+    assert outcomes(run)[0]["exit_code"] == 5
+
+
+def test_trackers_get_the_curves(recipe):
+    pytest.importorskip("tensorboard")
+    run = run_on(1, recipe("tracked", max_steps=3, log__trackers=["tensorboard"]))
+    assert list((run.path / "trackers").rglob("events.out.tfevents*"))
+    assert json.loads((run.path / "done.json").read_text())["step"] == 3
