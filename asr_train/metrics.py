@@ -89,17 +89,25 @@ def most_frequent(
     return [(expected, heard, count) for (expected, heard), count in ordered[:num]]
 
 
-def render_alignment(edits: Sequence[Edit]) -> tuple[str, str, str]:
-    """An alignment as three lines of equal columns: reference, hypothesis, and the letters S, D, I below the errors."""
-    columns: list[tuple[str, str, str]] = []
+def render_alignment(edits: Sequence[Edit], width: int = 120) -> list[tuple[str, str, str]]:
+    """An alignment as blocks of three lines: reference, hypothesis, and the letters S, D, I below the errors.
+
+    Words stand in columns; a block is at most `width` characters wide, unless one word alone is wider.
+    """
+    blocks: list[list[tuple[str, str, str]]] = []
+    used = width
     for kind, expected, heard in edits:
-        width = max(len(expected or ""), len(heard or ""))
-        letter = "" if kind == "=" else kind
-        columns.append(
-            ((expected or "*" * width).ljust(width), (heard or "*" * width).ljust(width), letter.ljust(width))
-        )
-    first, second, third = zip(*columns, strict=True) if columns else ((), (), ())
-    return " ".join(first), " ".join(second), " ".join(third)
+        size = max(len(expected or ""), len(heard or ""))
+        texts = (expected or "*" * size, heard or "*" * size, "" if kind == "=" else kind)
+        if used + 1 + size > width:
+            blocks.append([])
+            used = -1
+        first, second, third = (text.ljust(size) for text in texts)
+        blocks[-1].append((first, second, third))
+        used += 1 + size
+    return [
+        (" ".join(top), " ".join(middle), " ".join(low)) for top, middle, low in (zip(*b, strict=True) for b in blocks)
+    ]
 
 
 def _counts(output: Any) -> EditCounts:

@@ -61,12 +61,15 @@ def test_confusions_are_ordered_by_count_then_alphabet():
 
 def test_alignment_in_columns():
     _, edits = align_words("i want to pay my bill", "i want pay the bill now")
-    assert render_alignment(edits) == (
-        "i want to pay my  bill ***",
-        "i want ** pay the bill now",
-        "       D      S        I  ",
-    )
-    assert render_alignment([]) == ("", "", "")
+    assert render_alignment(edits) == [
+        ("i want to pay my  bill ***", "i want ** pay the bill now", "       D      S        I  ")
+    ]
+    assert render_alignment(edits, width=13) == [
+        ("i want to pay", "i want ** pay", "       D     "),
+        ("my  bill ***", "the bill now", "S        I  "),
+    ]
+    assert render_alignment(edits, width=1)[1] == ("want", "want", "    ")
+    assert render_alignment([]) == []
 
 
 def test_metric_modules_score_offline(tmp_path):
