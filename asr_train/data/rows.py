@@ -51,6 +51,25 @@ class BytesAudio:
         return audio.decode(self.data)
 
 
+class Speaker(Protocol):
+    """A row that makes its own audio."""
+
+    def synthesise(self) -> npt.NDArray[np.int16]:
+        """Mono 16 kHz samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpokenAudio:
+    """Audio that a synthesiser speaks."""
+
+    speaker: Speaker
+
+    def load(self) -> npt.NDArray[np.int16]:
+        """See `AudioRef`."""
+        return self.speaker.synthesise()
+
+
 @dataclass(frozen=True)
 class NoAudio:
     """A row whose audio cannot even be referred to."""
@@ -118,7 +137,7 @@ class Listing:
 
     def prefixed(self, prefix: str) -> Self:
         """The listing with a prefix before every id, so that ids of several sources stay apart."""
-        ids = pc.binary_join_element_wise(prefix, self.table.column("id"), "")
+        ids = surround(prefix, self.table.column("id"))
         position = self.table.schema.get_field_index("id")
         return replace(self, table=self.table.set_column(position, "id", ids))
 
@@ -161,6 +180,12 @@ def make_table(rows: Iterable[dict[str, Any]], extra: Sequence[pa.Field] = ()) -
             pending = []
     batches.append(pa.RecordBatch.from_pylist(pending, schema))
     return pa.Table.from_batches(batches, schema)
+
+
+def surround(prefix: str, column: pa.Array | pa.ChunkedArray, suffix: str = "") -> pa.Array | pa.ChunkedArray:
+    """A column of large strings with something before and after each."""
+    text = pa.large_string()
+    return pc.binary_join_element_wise(pa.scalar(prefix, text), column, pa.scalar(suffix, text), pa.scalar("", text))
 
 
 def duplicates(table: pa.Table) -> list[str]:
