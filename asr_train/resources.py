@@ -7,7 +7,7 @@ _ROOTS = (_PACKAGE.parent, _PACKAGE / "share")  # a checkout; an installed wheel
 
 
 def shipped(folder: str, suffix: str = ".yaml") -> dict[str, Path]:
-    """Name -> path of every file that ships in a folder (`recipes`, `accelerate_configs`, `metric_modules`)."""
+    """Name -> path of every file that ships in a folder (`recipes`, `accelerate_configs`)."""
     for root in _ROOTS:
         if (root / folder).is_dir() and (root is not _PACKAGE.parent or (root / "pyproject.toml").exists()):
             return {path.stem: path for path in sorted((root / folder).glob(f"*{suffix}"))}
