@@ -102,15 +102,11 @@ class LengthIndex:
         """
         try:
             about = read_json(path / "index.json")
-            if about["format"] != _FORMAT:
-                raise CorpusError(
-                    f"length index {path}: format {about['format']}, expected {_FORMAT}: prepare it again"
-                )
             arrays: dict[str, Any] = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, CorpusError):
-                raise
+        except (OSError, EOFError, ValueError) as error:
             raise CorpusError(f"length index {path} cannot be read: {error}; prepare the corpus again") from error
+        if about["format"] != _FORMAT:
+            raise CorpusError(f"length index {path}: format {about['format']}, expected {_FORMAT}: prepare it again")
         if len(arrays["order"]) != about["num_utterances"]:
             raise CorpusError(f"length index {path} is incomplete: prepare the corpus again")
         return cls(hash=about["hash"], path=path, **arrays)

@@ -14,7 +14,7 @@ from asr_train.data.lengths import LengthIndex
 
 Ints = npt.NDArray[np.int64]
 
-_MAX_SHAPES = 280  # each shape costs kernel planning and, when compiled, a graph
+_MAX_SHAPES = 256  # each shape costs kernel planning and, when compiled, a graph; rests add a few more
 _SHAPE_PENALTY = 20  # a shape must save a 20th of a unit, so that small corpora keep units of changing utterances
 _TOLERANCE = 0.015  # a length takes part in every target that its units miss by no more than this
 _TARGET_STEP = 0.02  # least distance of targets, relative
