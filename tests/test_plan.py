@@ -165,6 +165,30 @@ def test_every_utterance_comes_early_and_late_equally_often(settings):
     assert abs(chi_square - freedom) < 6 * np.sqrt(2 * freedom)
 
 
+def test_units_change_places_and_company_from_epoch_to_epoch():
+    lengths = (2000 * 1.25 ** np.arange(24)).astype(np.int64)  # far apart: each is one unit in every epoch
+    plan = make_plan(np.repeat(lengths, 8), replace(GROUPED, units_per_step=2))
+    places, company = [], set()
+    for epoch in range(60):
+        steps = [[unit.padded_samples for unit in step] for step in epoch_of(plan, epoch)]
+        place = next(i for i, step in enumerate(steps) if max(lengths) <= max(step))
+        places.append(place)
+        company.add(min(steps[place]))
+    assert len(set(places)) == plan.steps_per_epoch == 12
+    assert len(company) > 15  # of 23
+
+
+def test_costly_steps_come_at_other_times_in_every_epoch():
+    plan = make_plan(long_tailed(3000), replace(COST, unit_audio_s=100))
+
+    def audio(epoch, step):
+        return sum(len(unit.ids) * unit.padded_samples for unit in plan.step_units(epoch, step))
+
+    of_one_epoch = np.std([audio(0, step) for step in range(plan.steps_per_epoch)])
+    of_first_steps = np.std([audio(epoch, 0) for epoch in range(50)])
+    assert of_first_steps > 0.7 * of_one_epoch
+
+
 def test_the_same_plan_on_every_machine_and_version():
     """A run goes on elsewhere only if this holds. When the plan is changed on purpose, raise its _FORMAT too."""
     found = {}
