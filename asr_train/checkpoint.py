@@ -23,9 +23,10 @@ from asr_train.errors import CheckpointError
 from asr_train.files import publish_dir, read_json, write_json
 from asr_train.model import SpeechModel
 from asr_train.state import TrainState
-from asr_train.strategy import Parallel
+from asr_train.strategy import DeepSpeedParallel, Parallel
 
 _NAME = re.compile(r"step-(\d{10})")
+_DEEPSPEED = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,8 @@ def save(folder: Path, parallel: Parallel, state: TrainState, facts: Mapping[str
     if final.exists():
         return final
     staging = folder / f".staging-{final.name}-{_agree(parallel, uuid.uuid4().hex[:8])}"
-    model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
     try:
-        save_tensors(
-            {"model": model_state, "optimizer": optimizer_state},
-            storage_writer=FileSystemWriter(staging / "shards", overwrite=False),
-            no_dist=parallel.world_size == 1,
-        )
+        _write_tensors(staging, parallel)
     except CheckpointException as error:  # a BaseException, which `except Exception` misses
         raise CheckpointError(f"checkpoint of step {state.step} could not be written to {staging}: {error}") from error
     if parallel.rank == 0:
@@ -76,7 +72,13 @@ def save(folder: Path, parallel: Parallel, state: TrainState, facts: Mapping[str
         files = {str(path.relative_to(staging)): path.stat().st_size for path in _files(staging)}
         write_json(
             staging / "MANIFEST.json",
-            {"step": state.step, "world_size": parallel.world_size, **facts, "files": files},
+            {
+                "step": state.step,
+                "world_size": parallel.world_size,
+                "sharding": _sharding(parallel),
+                **facts,
+                "files": files,
+            },
         )
         publish_dir(staging, final)
     parallel.accelerator.wait_for_everyone()
@@ -133,18 +135,10 @@ def restore(checkpoint: Checkpoint, parallel: Parallel, facts: Mapping[str, Any]
             f"{checkpoint.path} was written for another {' and '.join(key.split('_')[0] for key in differ)}; "
             "going on would repeat and leave out utterances. Bring the corpus back, or choose another run_dir."
         )
-    model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
-    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     try:
-        load(tensors, checkpoint_id=checkpoint.path / "shards", no_dist=parallel.world_size == 1)
+        _read_tensors(checkpoint, parallel)
     except CheckpointException as error:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
-    set_state_dict(
-        parallel.model,
-        parallel.optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
-    )
     content = checkpoint.state()
     if parallel.accelerator.scaler is not None and content["scaler"]:
         parallel.accelerator.scaler.load_state_dict(content["scaler"])
@@ -178,6 +172,57 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".staging-*", ".trash-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
+
+
+def _sharding(parallel: Parallel) -> str:
+    """The format of optimizer state: torch's, which DDP and FSDP2 share at any world size, or a ZeRO stage's own."""
+    return f"zero{parallel.zero_stage}" if isinstance(parallel, DeepSpeedParallel) else "torch"
+
+
+def _write_tensors(staging: Path, parallel: Parallel) -> None:
+    """Write model and optimizer; all ranks."""
+    if not isinstance(parallel, DeepSpeedParallel):
+        model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
+        save_tensors(
+            {"model": model_state, "optimizer": optimizer_state},
+            storage_writer=FileSystemWriter(staging / "shards", overwrite=False),
+            no_dist=parallel.world_size == 1,
+        )
+        return
+    parallel.engine.save_checkpoint(str(staging), tag=_DEEPSPEED, save_latest=False)
+    weights = parallel.full_weights()  # in torch's format too: evaluation and export need nothing of DeepSpeed's
+    if parallel.rank == 0:
+        writer = FileSystemWriter(staging / "shards", overwrite=False)
+        save_tensors({"model": weights}, storage_writer=writer, no_dist=True)
+    parallel.accelerator.wait_for_everyone()
+
+
+def _read_tensors(checkpoint: Checkpoint, parallel: Parallel) -> None:
+    """Load model and optimizer in place; all ranks.
+
+    Raises:
+        CheckpointError: DeepSpeed's state fits its own stage and number of processes only.
+    """
+    written = {key: checkpoint.manifest[key] for key in ("sharding", "world_size")}
+    here = {"sharding": _sharding(parallel), "world_size": parallel.world_size}
+    if written["sharding"] != here["sharding"] or (isinstance(parallel, DeepSpeedParallel) and written != here):
+        raise CheckpointError(
+            f"{checkpoint.path} was written by {written['world_size']} processes in the format {written['sharding']!r},"
+            f" and this is {here['world_size']} in {here['sharding']!r}: go on with the same accelerate config and,"
+            " under DeepSpeed, the same number of processes"
+        )
+    if isinstance(parallel, DeepSpeedParallel):
+        parallel.engine.load_checkpoint(str(checkpoint.path), tag=_DEEPSPEED)
+        return
+    model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
+    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    load(tensors, checkpoint_id=checkpoint.path / "shards", no_dist=parallel.world_size == 1)
+    set_state_dict(
+        parallel.model,
+        parallel.optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ class Parallel:
         _sum_over_ranks(sums)
         limit = float("inf") if max_norm is None else max_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)  # unscales fp16 gradients first
-        full: torch.Tensor = cast(DTensor, norm).full_tensor() if isinstance(norm, DTensor) else norm
+        full: torch.Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
         *totals, norm_value = torch.cat([sums, full.detach().double().reshape(1)]).tolist()
         is_finite = math.isfinite(totals[0]) and math.isfinite(norm_value)
         if is_finite or self.accelerator.scaler is not None:  # a GradScaler must see a bad step too, to back off
@@ -95,25 +95,61 @@ class DeepSpeedParallel(Parallel):
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a unit's gradients; times the number of ranks, since DeepSpeed averages."""
-        self.model.backward(loss * self.world_size)
+        self.engine.backward(loss * self.world_size)
 
     def update(self, sums: torch.Tensor, max_norm: float | None) -> tuple[list[float], float, bool]:
         """See `Parallel.update`; `max_norm` went into the engine's settings."""
         _sum_over_ranks(sums)
-        engine: Any = self.model
-        engine.step()
-        norm = float(engine.get_global_grad_norm())
-        return sums.tolist(), norm, bool(engine.was_step_applied())
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        return sums.tolist(), norm, bool(self.engine.was_step_applied())
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine."""
+        return self.model
+
+    @property
+    def zero_stage(self) -> int:
+        """How much is sharded: 1 optimizer state, 2 gradients too, 3 weights too."""
+        return int(self.engine.zero_optimization_stage())
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Every weight, whole, on rank 0; all ranks call this."""
+        if self.zero_stage < 3:
+            return dict(self.module.state_dict())
+        # named for fp16 engines; it gathers the weights as they are, which is float32 here
+        weights: dict[str, torch.Tensor] = self.engine._zero3_consolidated_16bit_state_dict()
+        return weights
+
+
+def check_environment(recipe: Recipe) -> None:
+    """Refuse an accelerate config that says otherwise than the recipe, both values named, and fp16 without a GPU."""
+    problems = []
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", _PRECISION[recipe.precision]):
+        problems.append(f"mixed_precision: {precision} in the accelerate config, precision: {recipe.precision} here")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        problems.append(f"gradient_accumulation_steps: {steps} there, units_per_step: {recipe.units_per_step} here")
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping.lower() not in ("none", "auto", str(recipe.optim.max_grad_norm)):
+        problems.append(f"gradient_clipping: {clipping} there, optim.max_grad_norm: {recipe.optim.max_grad_norm} here")
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise RecipeError("precision: 'fp16': needs a GPU, and this machine shows none; use fp32 or bf16")
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise RecipeError(
+            f"the accelerate config sets what the recipe alone decides:{listed}\nTake it out of the config."
+        )
 
 
 def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
     """The accelerate object for a recipe, checked against what was asked for.
 
     Raises:
-        RecipeError: the accelerate config sets what the recipe alone decides, or the machine cannot do it.
         TrainingError: accelerate fell back to something else than was asked for.
     """
-    _check_environment(recipe)
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     torch.use_deterministic_algorithms(recipe.deterministic)
@@ -122,12 +158,12 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
         log_with=list(recipe.log.trackers) or None,
         project_dir=run_path,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT, backend=None if torch.cuda.is_available() else "gloo"),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
         step_scheduler_with_optimizer=False,
     )
-    _check_accelerator(recipe, accelerator)
+    _check_accelerator(accelerator)
     return accelerator
 
 
@@ -194,29 +230,8 @@ def _sum_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[to
     return future.then(lambda done: done.value()[0])
 
 
-def _check_environment(recipe: Recipe) -> None:
-    """Refuse an accelerate config that says otherwise than the recipe; both values named."""
-    problems = []
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", _PRECISION[recipe.precision]):
-        problems.append(f"mixed_precision: {precision} in the accelerate config, precision: {recipe.precision} here")
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", "auto"):
-        problems.append(f"gradient_accumulation_steps: {steps} there, units_per_step: {recipe.units_per_step} here")
-    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping.lower() not in ("none", "auto", str(recipe.optim.max_grad_norm)):
-        problems.append(f"gradient_clipping: {clipping} there, optim.max_grad_norm: {recipe.optim.max_grad_norm} here")
-    if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems)
-        raise RecipeError(
-            f"the accelerate config sets what the recipe alone decides:{listed}\nTake it out of the config."
-        )
-
-
-def _check_accelerator(recipe: Recipe, accelerator: Accelerator) -> None:
+def _check_accelerator(accelerator: Accelerator) -> None:
     """Several combinations fall back silently; say so instead."""
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
-        raise RecipeError("precision: 'fp16': needs a GPU, and this process has none; use fp32 or bf16")
     asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked_processes:
         raise TrainingError(

@@ -82,19 +82,18 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
 
 def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -> tuple[str, int]:
     """One life of the run; how it ended, `done` or `stopped`, and at which step."""
-    # 1. Data: prepared by one process, while the others wait on a file, not in a collective.
-    corpus = _prepared_corpus(recipe, is_main=attempt is not None)
 
-    # 2. Processes.
-    accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
-    check_world_size(recipe.units_per_step, accelerator.num_processes, recipe.allow_idle_ranks)
-    attempt = _from_rank_0(attempt)
-
-    # 3. Model, plan, optimizer.
     def say(text: str) -> None:
-        if accelerator.is_main_process:
+        if is_main:
             print(text, file=sys.stderr)
 
+    # 1. Data: prepared by one process, while the others wait on a file, not in a collective.
+    is_main = attempt is not None
+    strategy.check_environment(recipe)
+    check_world_size(recipe.units_per_step, int(os.environ.get("WORLD_SIZE", "1")), recipe.allow_idle_ranks)
+    corpus = _prepared_corpus(recipe, is_main=is_main)
+
+    # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces.
     model = build_model(recipe, corpus.vocabulary, say=say)
     difference = padding_difference(model)
     is_sensitive = difference > PADDING_SENSITIVE_OVER
@@ -105,6 +104,10 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
         )
     if is_sensitive and recipe.order == "random":
         raise RecipeError("order: 'random': pads utterances of all lengths together, which this model does not bear")
+
+    # 3. Processes, plan, optimizer.
+    accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
+    attempt = _from_rank_0(attempt)
     plan = _make_plan(recipe, corpus, quadratic_share(model.hf.config.to_dict()))
     parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe.optim.max_grad_norm)
     create_optimizer_state(parallel.optimizer)
