@@ -249,7 +249,9 @@ class Recipe(_Strict):
     precision: Literal["fp32", "bf16", "fp16"] = setting("arithmetic of forward and backward", "fp32")
     tf32: bool = setting("let fp32 matrix products round to tf32 on NVIDIA GPUs", False)
     deterministic: bool = setting("use deterministic kernels only, slower", False)
-    unit_audio_s: Positive = setting("seconds of audio, padded, a unit: what one process takes at once", 100.0)
+    unit_audio_s: Positive = setting(
+        "seconds of audio, padded, a unit, on average; a unit is what one process takes at once", 100.0
+    )
     unit_utterances: Count | None = setting("utterances a unit, in place of unit_audio_s", None)
     units_per_step: Count = setting("units an optimizer step, over all processes", 8)
     order: Literal["cost", "grouped", "random"] = setting(

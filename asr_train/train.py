@@ -108,7 +108,9 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
     # 3. Processes, plan, optimizer.
     accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
     attempt = _from_rank_0(attempt)
-    plan = _make_plan(recipe, corpus, quadratic_share(model.hf.config.to_dict()))
+    is_frozen = recipe.model.freeze_feature_encoder
+    quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
+    plan = _make_plan(recipe, corpus, quadratic)
     parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe.optim.max_grad_norm)
     create_optimizer_state(parallel.optimizer)
     job = Job(
