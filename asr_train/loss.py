@@ -29,9 +29,11 @@ def ctc_losses(
     Source: Graves et al. 2006, "Connectionist Temporal Classification"; the division by the label count, at least 1,
     is that of torch's `reduction="mean"`, which transformers' `ctc_loss_reduction="mean"` uses.
     """
-    device = logits.device
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if torch.are_deterministic_algorithms_enabled():
+            log_probabilities = log_probabilities.cpu()  # torch's CUDA kernel has no deterministic backward, and raises
+        device = log_probabilities.device
         losses = F.ctc_loss(
             log_probabilities.transpose(0, 1),  # [F, B, V]
             labels.to(device=device, dtype=torch.int64, non_blocking=True),  # int32 could choose cuDNN's
@@ -45,4 +47,5 @@ def ctc_losses(
         # the gradient of an infinite loss is NaN, also when multiplied by zero
         log_probabilities.register_hook(lambda gradient: gradient.masked_fill(infinite[:, None, None], 0.0))  # type: ignore[no-untyped-call]
     share = num_labels.clamp(min=1).to(device=device, dtype=losses.dtype, non_blocking=True)
-    return losses.masked_fill(infinite, 0.0) / share, infinite
+    losses = losses.masked_fill(infinite, 0.0) / share
+    return losses.to(logits.device), infinite.to(logits.device)

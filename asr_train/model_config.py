@@ -58,6 +58,8 @@ def load_model_config(
         if unknown:
             raise ModelError(f"model.config: {known.model_type} has no field {', '.join(unknown)}")
         merged = {**known.to_dict(), **changes}
+        if "conv_dim" in changes:
+            merged.pop("num_feat_extract_layers", None)  # transformers counts conv_dim anew
         return type(known).from_dict(merged)
     except ModelError:
         raise

@@ -14,13 +14,13 @@ HEAD = "lm_head."
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, object]]:
     """Trained parameters in up to four groups: head or the rest, with weight decay or without.
 
-    Matrices and convolution kernels decay. Biases, norms and everything else of one dimension do not, nor does the
-    magnitude of a weight-normalised kernel. Each group says `head` and `decays`; `apply_schedule` reads them.
+    Matrices and convolution kernels decay. Biases, norms and everything else that is one row of numbers do not, as
+    the magnitude of a weight-normalised kernel. Each group says `head` and `decays`; `apply_schedule` reads them.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith("original0")
+            decays = sum(size > 1 for size in parameter.shape) > 1 and "pos_bias" not in name
             groups.setdefault((is_head(name), decays), []).append(parameter)
     return [
         {"params": groups[head, decays], "head": head, "decays": decays, "lr": settings.lr,

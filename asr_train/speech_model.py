@@ -7,9 +7,11 @@ the process: SpecAugment masks and dropped layers. Dropouts stay where they are.
 """
 
 import copy
+import warnings
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the usual name
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -96,6 +98,8 @@ class SpeechModel(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, F, V] of waveforms float32 [B, S], zero behind `num_samples` int64 [B].
 
+        One forward, its backward, then the next: masks and kept layers are the latest forward's.
+
         Args:
             waveforms: what `data.batch.input_values` gives.
             num_samples: length of each waveform, on any device.
@@ -103,6 +107,11 @@ class SpeechModel(nn.Module):
             feature_mask: bool [B, H], channels set to zero.
             keep_layers: bool [L], False where a transformer layer is skipped.
         """
+        short = self._min_samples - waveforms.shape[1]
+        if short > 0:
+            waveforms = F.pad(waveforms, (0, short))
+            if time_mask is not None:
+                time_mask = F.pad(time_mask, (0, self.geometry.num_frames(waveforms.shape[1]) - time_mask.shape[1]))
         self._time_mask, self._feature_mask, self._keep_layers = time_mask, feature_mask, keep_layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.transformer_frozen):
             hidden = self._base(waveforms, attention_mask=self._frame_mask(waveforms, num_samples)).last_hidden_state
@@ -127,6 +136,12 @@ class SpeechModel(nn.Module):
     def _base(self) -> Any:
         return self.hf.base_model
 
+    @property
+    def _min_samples(self) -> int:
+        """The shortest input that no layer refuses: one frame, or as many as sew squeezes into one."""
+        num_frames = getattr(self.hf.config, "squeeze_factor", 1)
+        return self.geometry.receptive_samples + (num_frames - 1) * self.geometry.stride_samples
+
     def _layers(self) -> nn.ModuleList:
         encoder = self._base.encoder
         return cast(nn.ModuleList, encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer)
@@ -145,8 +160,10 @@ class SpeechModel(nn.Module):
         base.feature_extractor._requires_grad = False
         base._mask_hidden_states = self._mask_hidden_states
         base._get_feature_vector_attention_mask = _as_it_is
-        # wavlm's first layer makes the position bias of all others; transformers never skips it
-        first = 1 if config.model_type == "wavlm" else 0
+        first = 0
+        if config.model_type == "wavlm":
+            first = 1  # its first layer makes the position bias of all others; transformers never skips it
+            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # its own doing, each step
         for index, layer in enumerate(self._layers()):
             if index >= first:
                 layer.register_forward_hook(_LayerDrop(self, index))

@@ -61,9 +61,8 @@ def test_what_a_batch_holds():
 
 def test_a_waveform_too_short_for_a_frame_still_makes_a_batch():
     batch = batch_of([100], SETTINGS, seed=3)
-    assert batch.padded_samples == WAV2VEC2.receptive_samples
     assert batch.num_frames.tolist() == [0]
-    assert not batch.time_mask.any()
+    assert batch.time_mask.shape == (1, 0)
 
 
 def test_random_choices_belong_to_the_seed():
@@ -77,6 +76,13 @@ def test_random_choices_belong_to_the_seed():
     assert unmoved.time_mask is None
     assert torch.equal(unmoved.feature_mask, first.feature_mask)
     assert torch.equal(unmoved.keep_layers, first.keep_layers)
+
+
+def test_masks_of_time_and_of_channels_are_drawn_apart():
+    masks = replace(MASKS, feature_prob=0.5, feature_length=5, feature_min_masks=2)
+    settings = replace(SETTINGS, masks=masks, hidden_size=49)  # as many channels as frames
+    batches = [batch_of([16000], settings, seed) for seed in range(10)]
+    assert not any(torch.equal(batch.time_mask, batch.feature_mask) for batch in batches)
 
 
 def test_evaluation_has_no_random_choices():
@@ -118,7 +124,13 @@ def masks_of_both(prob: float, span: int, min_masks: int, lengths: list[int], dr
 
 @pytest.mark.parametrize(
     ("prob", "span", "min_masks", "lengths"),
-    [(0.5, 5, 2, [60, 37, 6]), (0.05, 10, 2, [80, 30]), (0.65, 10, 0, [100, 12]), (0.02, 4, 0, [50, 20])],
+    [
+        (0.5, 5, 2, [60, 37, 6]),
+        (0.05, 10, 2, [80, 30]),
+        (0.65, 10, 0, [100, 12]),
+        (0.02, 4, 0, [50, 20]),
+        (0.05, 10, 4, [30, 25]),
+    ],
 )
 def test_masks_are_distributed_as_in_transformers(prob, span, min_masks, lengths):
     draws = 3000

@@ -169,3 +169,24 @@ def test_wavlm_keeps_its_first_layer():
         for first in (True, False)
     ]
     assert np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("architecture", TAKEN)
+@pytest.mark.parametrize("lengths", [[100], [719], [100, 1500]])
+def test_waveforms_too_short_for_a_frame_give_numbers(architecture, lengths):
+    speech = model(architecture, **CHANCE)
+    batch = batch_of(lengths, speech.batch_settings, 1)
+    logits = speech(input_values(batch), batch.num_samples, batch.time_mask, batch.feature_mask, batch.keep_layers)
+    assert torch.isfinite(logits).all()
+    assert logits.shape[1] >= int(batch.num_frames.max())
+
+
+@pytest.mark.parametrize("architecture", [name for name in TAKEN if name != "sew-d"])  # mixes devices by itself
+def test_forward_and_backward_never_wait_for_the_device(architecture):
+    """On the meta device there are no values: whatever asks for one, a stall on a GPU, raises."""
+    speech = model(architecture, **CHANCE)
+    batch = batch_of([16000, 9000], speech.batch_settings, 1).to("meta")
+    speech = speech.to("meta")
+    logits = speech(input_values(batch), batch.num_samples, batch.time_mask, batch.feature_mask, batch.keep_layers)
+    logits.sum().backward()
+    assert logits.shape == (2, 49, VOCABULARY.size)

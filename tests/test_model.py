@@ -299,12 +299,6 @@ def test_a_folder_without_a_trained_head_is_no_model_to_transcribe_with(pretrain
         load_exported(path)
 
 
-def test_a_waveform_too_short_for_a_frame_makes_no_nan():
-    speech = model().eval()
-    batch = batch_of([100, 16000], speech.batch_settings)
-    assert torch.isfinite(speech(input_values(batch), batch.num_samples)).all()
-
-
 # --- who is refused ---
 
 

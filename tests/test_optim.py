@@ -105,6 +105,13 @@ def test_matrices_decay_and_nothing_else():
     assert not any("feature_extractor" in names[parameter] for parameter in every)
 
 
+def test_biases_of_two_dimensions_do_not_decay():
+    speech = model("wav2vec2-conformer", {"position_embeddings_type": "relative"})
+    names = {parameter: name for name, parameter in speech.named_parameters()}
+    plain = {names[p] for group in parameter_groups(speech, SETTINGS) if not group["decays"] for p in group["params"]}
+    assert sum("pos_bias_u" in name or "pos_bias_v" in name for name in plain) == 4
+
+
 def test_the_state_is_made_without_a_step():
     speech = model()
     before = copy.deepcopy(speech.state_dict())
@@ -177,6 +184,14 @@ def optimizer_of(body):
     optimizer = build_optimizer(body, SETTINGS)
     create_optimizer_state(optimizer)
     return optimizer
+
+
+@pytest.mark.parametrize(("step", "expected"), [(FREEZE - 1, (0.0, 0.0)), (FREEZE, (SETTINGS.lr, 0.1))])
+def test_frozen_groups_have_neither_rate_nor_decay(step, expected):
+    optimizer = optimizer_of(Body())
+    apply_schedule(optimizer, SETTINGS, step, max_steps=10, freeze_transformer_steps=FREEZE)
+    found = {group["head"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == {True: (SETTINGS.lr, 0.1), False: expected}
 
 
 def test_adam_counts_from_the_thaw():
