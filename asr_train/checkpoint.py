@@ -7,6 +7,7 @@ A checkpoint `step-0000000100/` holds `shards/` (torch's distributed format: mod
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from asr_train.files import publish_dir, read_json, write_json
 from asr_train.model import SpeechModel
 from asr_train.state import TrainState
 from asr_train.strategy import DeepSpeedParallel, Parallel
+
+# torch says so at each save and load of a single process, which knows
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _NAME = re.compile(r"step-(\d{10})")
 _DEEPSPEED = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint

@@ -153,12 +153,19 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     torch.use_deterministic_algorithms(recipe.deterministic)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses otherwise, aloud, once it is installed
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         mixed_precision=_PRECISION[recipe.precision],
         log_with=list(recipe.log.trackers) or None,
         project_dir=run_path,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT, backend=None if torch.cuda.is_available() else "gloo"),
+            InitProcessGroupKwargs(
+                timeout=_COLLECTIVE_TIMEOUT,
+                # DeepSpeed on CPU would otherwise leave every rank alone; a single process must have no backend
+                backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
+            ),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
         step_scheduler_with_optimizer=False,
