@@ -86,15 +86,24 @@ def frame_geometry(config: PretrainedConfig) -> FrameGeometry:
 
 
 def feature_extractor(settings: ModelSettings, config: PretrainedConfig) -> Wav2Vec2FeatureExtractor:
-    """The pretrained model's own feature extractor; else one that normalises, with a mask for layer-norm models."""
+    """The pretrained model's own feature extractor; else one that normalises, with a mask for layer-norm models.
+
+    Raises:
+        ModelError: the pretrained model wants audio at another rate.
+    """
     if settings.pretrained is not None:
         try:
             found: Wav2Vec2FeatureExtractor = AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
                 settings.pretrained, revision=settings.revision or "main"
             )
-            return found
         except (OSError, ValueError):  # a model saved without one
             pass
+        else:
+            if found.sampling_rate != SAMPLE_RATE:
+                raise ModelError(
+                    f"model: {settings.pretrained} wants audio at {found.sampling_rate} Hz; only {SAMPLE_RATE} is taken"
+                )
+            return found
     return Wav2Vec2FeatureExtractor(  # type: ignore[no-untyped-call]
         feature_size=1,
         sampling_rate=SAMPLE_RATE,

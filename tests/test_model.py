@@ -196,8 +196,10 @@ def steps_under_ddp(speech, batch):
     return [parameter.grad is not None for parameter in speech.parameters() if parameter.requires_grad]
 
 
-def test_ddp_needs_no_search_for_unused_parameters():
-    speech = model(spec_augment={"time_prob": 0.5}, model={"layerdrop": 0.5})
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ddp_needs_no_search_for_unused_parameters(checkpointing):
+    settings = {"layerdrop": 0.5, "gradient_checkpointing": checkpointing}
+    speech = model(spec_augment={"time_prob": 0.5}, model=settings)
     for found in run_ranks(2, steps_under_ddp, speech, batch_of([16000, 9000], speech.batch_settings, 3)):
         assert all(found)
 
@@ -290,6 +292,15 @@ def test_an_exported_folder_gives_the_model_and_its_vocabulary(pretrained):
     peer = AutoModelForCTC.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.allclose(speech(waveforms, torch.tensor([16000])), peer(waveforms).logits, atol=1e-6)
+
+
+def test_a_model_of_another_sampling_rate_is_refused(pretrained):
+    path, _ = pretrained
+    for file in (path / "processor_config.json", path / "preprocessor_config.json"):
+        if file.exists():
+            file.write_text(file.read_text().replace("16000", "8000"))
+    with pytest.raises(ModelError, match="8000 Hz"):
+        build_model(from_pretrained(path), VOCABULARY)
 
 
 def test_a_folder_without_a_trained_head_is_no_model_to_transcribe_with(pretrained):
