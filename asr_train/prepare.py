@@ -125,7 +125,7 @@ def _make(recipe: Recipe, geometry: FrameGeometry, path: Path, progress: bool) -
     write_rejected(path, num_shards)
     summary = _write_summary(path, sets, vocabulary, unknown)
     if progress:
-        Console().print(report.render(summary), markup=False, highlight=False)
+        print(report.render(summary, Console().width))
     check_counts(sets, recipe.data.max_rejected_percent, path)
     # 5. What transformers reads, then the file that makes it a corpus.
     _save_processor(recipe, vocabulary, path)

@@ -13,10 +13,10 @@ from asr_train.data.text import Vocabulary
 _WIDTH = 120  # of summary.txt
 
 
-def render(summary: dict[str, Any]) -> str:
-    """A summary as text."""
+def render(summary: dict[str, Any], width: int = _WIDTH) -> str:
+    """A summary as text, in lines of at most `width` characters."""
     stream = io.StringIO()
-    console = Console(file=stream, width=_WIDTH)
+    console = Console(file=stream, width=width)
     console.print(_sets(summary))
     if any(entry["rejected"] for entry in summary["sets"].values()):
         console.print(_reasons(summary))
