@@ -61,12 +61,16 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> Corpus:
     _check_names(recipe)
     geometry = _geometry(recipe)
     path = corpus_path(recipe, geometry)
+    if changed := _changed_files(path):
+        print(f"note: {_stale(path, changed)}; it is used as it is", file=sys.stderr)
     waited_for: Any = None
     while not (path / "corpus.json").exists():
         try:
             with HeartbeatLock(path / "lock.json"):
                 if not (path / "corpus.json").exists():
                     _make(recipe, geometry, path, progress)
+        except OSError as error:  # a full disk, a folder without permission
+            raise CorpusError(f"corpus {path} cannot be written: {error}; what is done is kept") from error
         except LockHeldError as held:
             if waited_for != held.holder:
                 waited_for = held.holder
@@ -92,14 +96,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     done = is_prepared(recipe)
+    if done and (changed := _changed_files(done)):
+        raise CorpusError(f"{_stale(done, changed)}; it was left as it is")
     corpus = prepare(recipe)
-    changed = _changed_files(corpus.info) if done else []
-    if changed:
-        listed = "".join(f"\n  {name}" for name in changed)
-        raise CorpusError(
-            f"{corpus.path} was prepared from files that have changed since:{listed}\n"
-            "delete that folder to prepare it anew; it was left as it is"
-        )
     rows = ", ".join(f"{name} {entry['rows']:,} rows" for name, entry in corpus.info["sets"].items())
     print(f"{'already prepared' if done else 'prepared'}: {corpus.path} ({rows})")
     return EXIT_DONE
@@ -289,10 +288,17 @@ def _stamp(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _changed_files(info: dict[str, Any]) -> list[str]:
+def _changed_files(path: Path) -> list[str]:
     """Tables that are no longer as they were when the corpus was prepared; those that are gone don't count."""
-    stamps = info["files"].items()
+    if not (path / "corpus.json").exists():
+        return []
+    stamps = Corpus.open(path).info["files"].items()
     return [name for name, stamp in stamps if Path(name).exists() and _stamp(Path(name)) != stamp]
+
+
+def _stale(path: Path, changed: Sequence[str]) -> str:
+    listed = "".join(f"\n  {name}" for name in changed)
+    return f"corpus {path} was prepared from files that have changed since:{listed}\ndelete it to prepare it anew"
 
 
 def _versions() -> dict[str, str]:

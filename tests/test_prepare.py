@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from conftest import RATE, encoded, speech, write_jsonl, write_speech
@@ -22,6 +23,7 @@ from asr_train.errors import CorpusError, RecipeError, run_main
 from asr_train.geometry import WAV2VEC2
 from asr_train.lock import HeartbeatLock
 from asr_train.prepare import is_prepared, main, prepare
+from asr_train.recipe import load_recipe
 
 TONE = speech("good text", 1.0)
 
@@ -279,14 +281,25 @@ def test_a_second_prepare_opens_no_source(tiny_recipe, tiny_corpus, monkeypatch)
     assert is_prepared(tiny_recipe()) == tiny_corpus.path
 
 
+def test_a_model_of_other_convolutions_has_its_own_corpus(tiny_recipe, tiny_corpus):
+    """Alignability depends on the frames; and transformers' config of three layers needs no count of them."""
+    stack = {"conv_dim": [8, 8, 8], "conv_kernel": [10, 8, 4], "conv_stride": [5, 8, 4]}
+    corpus = prepare(tiny_recipe(**{"model.config": stack}), progress=False)
+    assert corpus.path != tiny_corpus.path
+    assert (corpus.geometry.kernels, corpus.geometry.strides) == ((10, 8, 4), (5, 8, 4))
+
+
 def test_a_manifest_that_changed_since_is_said(tiny_recipe_file, tmp_path, capsys):
     manifest = write_speech(tmp_path / "s", 3)
     changes = {"data.train.path": str(manifest), "data.corpus_root": str(tmp_path / "c")}
     recipe = str(tiny_recipe_file(**changes))
     assert run_main(main, [recipe]) == 0
     write_speech(tmp_path / "s", 4)
+    capsys.readouterr()
     assert run_main(main, [recipe]) == 4
     assert f"files that have changed since:\n  {manifest}" in capsys.readouterr().err
+    assert len(prepare(load_recipe(recipe)).train) == 3  # a training goes on, and says so
+    assert f"note: corpus {tmp_path}" in capsys.readouterr().err
 
 
 # --- interrupted, and at once -----------------------------------------------------------------------------------
@@ -417,6 +430,44 @@ def test_shards_of_another_listing_are_not_kept(tiny_recipe, tmp_path):
     write_speech(tmp_path / "s", 6, seed=5, name="new")
     corpus = prepare(tiny_recipe(**changes), progress=False)
     assert [corpus.train.id(row) for row in range(6)] == [f"new-{number:03d}" for number in range(6)]
+
+
+def test_ctrl_c_ends_prepare_at_once_and_keeps_what_is_done(slow_recipe, tmp_path):
+    process = start(slow_recipe)
+    wait_for(lambda: list(tmp_path.glob("corpora/*/train/shard-*.arrow")))
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert "prepared" not in out
+    wait_for(lambda: not any(map(is_running, workers)), 10)
+    assert not list(tmp_path.glob("corpora/*/lock.json"))
+
+
+def test_a_corpus_that_cannot_be_written_is_said(tiny_recipe_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert run_main(main, [str(tiny_recipe_file(**{"data.corpus_root": str(tmp_path / "file")}))]) == 4
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_through_worker_processes(tiny_recipe, tiny_corpus, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = range(12)
+    dev = tiny_corpus.sets["dev"]
+    audio = [{"bytes": encoded(dev.waveform(row)), "path": None} for row in rows]
+    table = {"audio": audio, "transcription": [dev.raw_text(row) for row in rows]}
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    dataset = datasets.Dataset.from_dict(table).cast_column("audio", datasets.Audio(decode=False))
+    dataset.to_parquet(folder / "train.parquet")
+    changes = {"data.train": {"kind": "hub", "dataset": str(folder), "streaming": streaming}, "data.num_proc": 2}
+    changes |= {"data.shard_rows": 3, "data.corpus_root": str(tmp_path / "c")}
+    corpus = prepare(tiny_recipe(**changes), progress=False)
+    assert [corpus.train.id(row) for row in rows] == [str(row) for row in rows]
+    for row in rows:
+        assert np.array_equal(corpus.train.waveform(row), dev.waveform(row))
+        assert corpus.train.text(row) == dev.text(row)
 
 
 def test_a_killed_worker_is_said(slow_recipe):

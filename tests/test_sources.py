@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RATE, encoded, speech, write_jsonl
 
-from asr_train.config import FolderSource, HubSource, TableSource
+from asr_train.config import DemoSource, FolderSource, HubSource, TableSource
 from asr_train.data.audio import AudioError
+from asr_train.data.demo import demo_rows
 from asr_train.data.rows import SourceError, split_numbers
 from asr_train.data.sources import open_source, open_sources
 
@@ -249,6 +250,17 @@ def test_random_split_of_any_source(tmp_path, hub_folder):
         check(open_source(HubSource(kind="hub", dataset=hub_folder, **split)), texts, waveforms)
     with pytest.raises(SourceError, match="streaming=false"):
         open_source(HubSource(kind="hub", dataset=hub_folder, streaming=True, test_fraction=0.4))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout_sentences", "heldout_voices"])
+def test_demo(split):
+    pytest.importorskip("espeakng_loader", reason="needs the extra `demo`")
+    listing = open_source(DemoSource(kind="demo", split=split))
+    expected = demo_rows(split)
+    assert list(listing.texts()) == [row.text for row in expected]
+    for row, made in zip(pickle.loads(pickle.dumps(listing.rows(3, 5))), expected[3:5], strict=True):
+        assert (row.id, row.text) == (made.id, made.text)
+        assert np.array_equal(row.audio.load(), made.synthesise())
 
 
 def test_several_sources_keep_their_ids_apart(tmp_path):

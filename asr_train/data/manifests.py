@@ -85,7 +85,7 @@ class PathCheck:
 
     def __call__(self, name: str) -> tuple[str, str | None]:
         """The absolute path, and what is wrong with it or None."""
-        path = os.path.normpath(Path(self._root) / name)
+        path = os.path.normpath(name if name.startswith(os.sep) else f"{self._root}{os.sep}{name}")
         if self._allow_outside or any(path.startswith(root.rstrip(os.sep) + os.sep) for root in self._roots):
             return path, None
         return path, f"{name!r} leaves {self._root}; set audio_root, or allow_paths_outside_root=true"

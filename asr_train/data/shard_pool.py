@@ -76,11 +76,15 @@ def write_shards(
                 bar.advance(write_shard(*work(shard)))
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_proc, context, end_with_parent, (os.getpid(),)) as pool:
+        stop = context.Event()
+        with ProcessPoolExecutor(num_proc, context, end_with_parent, (os.getpid(), stop)) as pool:
             try:
                 for count in _in_flight(pool, map(work, shards), num_proc + 1):
                     bar.advance(count)
-            except BrokenProcessPool:
+            except BaseException as error:
+                stop.set()  # else Ctrl-C would wait for the shards in work
+                if not isinstance(error, BrokenProcessPool):
+                    raise
                 raise CorpusError(
                     "a worker process of prepare was killed, for memory perhaps; what is done is kept in "
                     f"{path}: run the same command again, with a smaller data.num_proc"

@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,16 +94,16 @@ def rejected_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.rejected.jsonl"
 
 
-def end_with_parent(parent: int) -> None:
-    """Let this worker end when the process that started it is gone, killed too: an orphan would wait for ever.
+def end_with_parent(parent: int, stop: Event) -> None:
+    """Let this worker end when the process that started it says so, or is gone: an orphan would wait for ever.
 
     Ctrl-C is left to that process, which says what happened.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        while os.getppid() == parent and not stop.wait(0.5):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
