@@ -20,7 +20,7 @@ from asr_train.data.corpus import Corpus
 from asr_train.data.loader import RankTurns, Turn, TurnBatches, make_loader
 from asr_train.data.plan import Plan, units_of_rank
 from asr_train.data.text import Normaliser
-from asr_train.errors import TrainingError
+from asr_train.errors import RecipeError, TrainingError
 from asr_train.files import append_jsonl
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.loss import ctc_losses
@@ -28,7 +28,7 @@ from asr_train.optim import apply_schedule
 from asr_train.progress import TrainingProgress
 from asr_train.recipe import parse_cadence
 from asr_train.run_dir import RunDir
-from asr_train.score import evaluate_set
+from asr_train.score import add_metrics, evaluate_set
 from asr_train.state import TrainState, due
 from asr_train.stop import StopFlag
 from asr_train.strategy import Parallel
@@ -267,6 +267,7 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
     best_metric = recipe.eval.best or f"{next(iter(recipe.eval.sets))}/wer"
     is_best = False
     for name in recipe.eval.sets:
+        rows = job.run.evaluation(state.step, name)
         score = evaluate_set(
             job.parallel.model,
             job.corpus.sets[name],
@@ -275,14 +276,25 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
             unit_audio_s=recipe.eval.unit_audio_s,
             equal_lengths=job.equal_lengths,
             accelerator=job.parallel.accelerator,
-            out=job.run.evaluation(state.step, name),
+            out=rows,
+        )
+        score = add_metrics(
+            score,
+            recipe.eval.metrics,
+            rows,
+            job.parallel.accelerator,
+            trust_remote_code=recipe.trust_remote_code,
         )
         line = {"step": state.step, "set": name, **score.to_json()}
         job.log(line)
         job.parallel.accelerator.log({f"{name}/wer": score.wer, f"{name}/cer": score.cer}, step=state.step)
         progress.score(name, line)
         if best_metric.partition("/")[0] == name:
-            is_best = state.take_evaluation(best_metric, line[best_metric.partition("/")[2]])
+            measured = best_metric.partition("/")[2]
+            if measured not in line:
+                known = ", ".join(key for key, value in line.items() if isinstance(value, float))
+                raise RecipeError(f"eval.best: {best_metric!r}: {name} was scored by: {known}")
+            is_best = state.take_evaluation(best_metric, line[measured])
     return is_best
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -137,6 +138,9 @@ def check_environment(recipe: Recipe) -> None:
         problems.append(f"gradient_clipping: {clipping} there, optim.max_grad_norm: {recipe.optim.max_grad_norm} here")
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("precision: 'fp16': needs a GPU, and this machine shows none; use fp32 or bf16")
+    if unknown := sorted(set(recipe.log.trackers) - {str(name) for name in get_available_trackers()}):
+        known = ", ".join(sorted(str(name) for name in get_available_trackers()))
+        raise RecipeError(f"log.trackers: {', '.join(unknown)}: not installed, or unknown to accelerate; here: {known}")
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise RecipeError(
@@ -155,17 +159,16 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
     torch.use_deterministic_algorithms(recipe.deterministic)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses otherwise, aloud, once it is installed
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if not _is_on("ACCELERATE_USE_DEEPSPEED"):  # which on CPU would become DDP
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # without it several processes are refused, or each is alone
+    # on CPU DeepSpeed must be told, else every rank is alone; without it, telling makes accelerate forget the strategy
+    needs_backend = _is_on("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available()
     accelerator = Accelerator(
         mixed_precision=_PRECISION[recipe.precision],
         log_with=list(recipe.log.trackers) or None,
         project_dir=run_path,
         kwargs_handlers=[
-            InitProcessGroupKwargs(
-                timeout=_COLLECTIVE_TIMEOUT,
-                # DeepSpeed on CPU would otherwise leave every rank alone; a single process must have no backend
-                backend="gloo" if world_size > 1 and not torch.cuda.is_available() else None,
-            ),
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT, backend="gloo" if needs_backend else None),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
         step_scheduler_with_optimizer=False,
@@ -245,13 +248,20 @@ def _check_accelerator(accelerator: Accelerator) -> None:
             f"asked for {asked_processes} processes, but accelerate sees {accelerator.num_processes}: on CPU use the "
             "config accelerate_configs/cpu.yaml"
         )
+    if accelerator.num_processes > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise TrainingError("accelerate sees several processes and no strategy, which would train each by itself")
     asked = {
         "ACCELERATE_USE_FSDP": DistributedType.FSDP,
         "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
     }
     for variable, strategy in asked.items():
-        if os.environ.get(variable, "false").lower() == "true" and accelerator.distributed_type != strategy:
+        if _is_on(variable) and accelerator.distributed_type != strategy:
             raise TrainingError(
                 f"asked for {strategy.value}, but accelerate made {accelerator.distributed_type.value} of it"
                 f" on {accelerator.device.type}; use the config ddp or cpu instead"
             )
+
+
+def _is_on(variable: str) -> bool:
+    """Whether `accelerate launch` set a flag in the environment."""
+    return os.environ.get(variable, "false").lower() == "true"

@@ -31,6 +31,7 @@ from asr_train.recipe import load_recipe, recipe_hash, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from asr_train.state import TrainState
 from asr_train.stop import StopFlag, follow_launcher
+from asr_train.strategy import Parallel
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,7 +52,6 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
     """
     follow_launcher()
     stop = StopFlag()
-    stop.install()
     run = RunDir(run_directory(recipe))
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
@@ -93,6 +93,8 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
     check_world_size(recipe.units_per_step, int(os.environ.get("WORLD_SIZE", "1")), recipe.allow_idle_ranks)
     corpus = _prepared_corpus(recipe, is_main=is_main)
 
+    stop.install()  # until here a signal just ends the program: preparing goes on where it was
+
     # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces.
     model = build_model(recipe, corpus.vocabulary, say=say)
     difference = padding_difference(model)
@@ -124,6 +126,7 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
         max_steps=recipe.max_steps or (recipe.max_epochs or 0) * plan.steps_per_epoch,
         equal_lengths=is_sensitive,
         facts={
+            "device": _device_name(parallel),
             "recipe_hash": recipe_hash(recipe), "corpus_hash": corpus.hash, "plan_hash": plan.hash, "attempt": attempt,
         },
     )  # fmt: skip
@@ -134,10 +137,16 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
     if newest is not None:
         state = checkpoint.restore(newest, parallel, job.facts)
         say(f"resumed from {newest.path.name}")
+        if newest.manifest["device"] != job.facts["device"]:
+            say(
+                f"{newest.path.name} was written on {newest.manifest['device']}, this is {job.facts['device']}:"
+                " losses will differ a little, as arithmetic does"
+            )
     if job.is_main:
         checkpoint.remove_leftovers(run.checkpoints)
     job.log({"event": "restored" if newest else "started", "step": state.step, **_facts(job, difference)})
-    accelerator.init_trackers(recipe.name)
+    # a resumed curve goes on where the checkpoint was: later points of the attempt before are no part of the run
+    accelerator.init_trackers(recipe.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
 
     # 5. Train.
     try:
@@ -155,12 +164,17 @@ def _facts(job: Job, difference: float) -> dict[str, Any]:
         "precision": job.recipe.precision,
         "tf32": job.recipe.tf32,
         "deterministic": job.recipe.deterministic,
-        "device": torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "cpu",
+        "device": job.facts["device"],
         "steps_per_epoch": job.plan.steps_per_epoch,
         "max_steps": job.max_steps,
         "num_parameters": sum(parameter.numel() for parameter in parallel.module.parameters()),
         "padding_difference": difference,
     }
+
+
+def _device_name(parallel: Parallel) -> str:
+    """Model of the GPU, or `cpu`: equal losses are promised on equal hardware."""
+    return torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "cpu"
 
 
 def _prepared_corpus(recipe: Recipe, *, is_main: bool) -> Corpus:

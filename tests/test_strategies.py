@@ -47,6 +47,7 @@ def train_fsdp2(recipe):  # noqa: F811
 def train_deepspeed(stage, recipe):  # noqa: F811
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for minutes
     del os.environ["ACCELERATE_USE_CPU"]
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     make = strategy.make_accelerator
 
     def make_deepspeed(*args):

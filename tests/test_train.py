@@ -383,3 +383,52 @@ def test_trackers_get_the_curves(recipe):
     run = run_on(1, recipe("tracked", max_steps=3, log__trackers=["tensorboard"]))
     assert list((run.path / "trackers").rglob("events.out.tfevents*"))
     assert json.loads((run.path / "done.json").read_text())["step"] == 3
+
+
+def test_an_unknown_tracker_is_refused_and_the_installed_ones_are_listed(recipe):
+    def refused():
+        with pytest.raises(RecipeError, match=r"log\.trackers: tensorbord: not installed.*tensorboard"):
+            train(recipe("x", log__trackers=["tensorbord"]))
+
+    run_ranks(1, refused)
+
+
+def test_another_kind_of_device_on_resume_is_said(recipe, capfd):
+    small = recipe("small", max_steps=2)
+    run = run_on(1, small)
+    manifest = checkpoint.newest(run.checkpoints).path / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace('"device": "cpu"', '"device": "NVIDIA H200"'))
+    run.done.unlink()
+    assert run_ranks(1, train, small) == [0]
+    assert "was written on NVIDIA H200, this is cpu" in capfd.readouterr().err
+
+
+def test_best_by_a_metric_that_is_not_scored_is_refused_with_what_is(recipe):
+    def refused():
+        with pytest.raises(RecipeError, match=r"eval\.best: 'dev/werr': dev was scored by: wer, cer"):
+            train(recipe("x", max_steps=1, eval__best="dev/werr"))
+
+    run_ranks(1, refused)
+
+
+def test_extra_metrics_can_be_added_and_pick_the_best(recipe, tmp_path):
+    metric = tmp_path / "word_accuracy.py"
+    metric.write_text(EXTRA_METRIC)
+    run = run_on(1, recipe("extra", max_steps=1, trust_remote_code=True, eval__metrics=[str(metric)]))
+    line = next(line for line in read_metrics(run) if "set" in line)
+    assert line["word_accuracy"] == 0.25
+
+
+EXTRA_METRIC = """
+import datasets
+import evaluate
+
+class WordAccuracy(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        assert len(predictions) == len(references) > 0
+        return {"word_accuracy": 0.25}
+"""
