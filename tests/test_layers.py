@@ -17,7 +17,8 @@ LAYERS = (
     """__init__ config errors files geometry lock recipe resources run_dir state
     estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.plan""",
     """stop progress metrics loss optim
-    data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.sources
+    data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
+    data.sources
     data.shards data.shard_pool data.summary data.finish data.corpus data.spec_augment data.batch data.loader""",
     "model_config speech_model model checkpoint strategy score",
     "loop prepare samples train trained eval_data evaluate model_card export transcribe __main__",
