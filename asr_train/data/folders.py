@@ -68,7 +68,7 @@ def _audio_folder(source: FolderSource, folder: Path) -> Listing:
 
 
 def _texts_beside(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every audio file of a tree, with the text of the .txt file of its name; none is refused later."""
+    """Every audio file of a tree, with the text of the .txt file of its name; without one `prepare` refuses it."""
     for path in _walk(folder):
         if path.suffix.lower() in AUDIO_SUFFIXES:
             beside = path.with_suffix(".txt")
