@@ -12,7 +12,7 @@ from transformers import AutoModelForCTC, PretrainedConfig, PreTrainedModel
 from asr_train.config import ModelSettings, Recipe, SpecAugmentSettings
 from asr_train.data.spec_augment import MaskSettings
 from asr_train.data.text import Vocabulary
-from asr_train.errors import ModelError
+from asr_train.errors import CorpusError, ModelError
 from asr_train.model_config import TAKEN, feature_extractor, load_model_config, load_vocabulary
 from asr_train.optim import is_head
 from asr_train.speech_model import SpeechModel
@@ -47,7 +47,7 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, *, say: Callable[[str], 
     extractor = feature_extractor(settings, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        hf = _load(settings, config, trust_remote_code=recipe.trust_remote_code, say=say)
+        hf = _load(settings, config, vocabulary, trust_remote_code=recipe.trust_remote_code, say=say)
     model = SpeechModel(
         hf,
         normalize=extractor.do_normalize,
@@ -58,7 +58,9 @@ def build_model(recipe: Recipe, vocabulary: Vocabulary, *, say: Callable[[str], 
     if settings.freeze_feature_encoder:
         model.freeze_feature_encoder()
     if settings.gradient_checkpointing:
-        hf.activation_checkpointing_enable({"use_reentrant": False})
+        # the name since transformers 5.2x; the older one takes the same
+        enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         say(f"the batch norms of {config.model_type} run on their stored statistics, in training too")
     return model.train()
@@ -115,7 +117,7 @@ def load_exported(path: Path | str) -> tuple[SpeechModel, Vocabulary]:
     config = load_model_config(settings)
     _check_adapter(config)
     extractor = feature_extractor(settings, config)
-    hf = _load(settings, config, trust_remote_code=False, say=refuse)
+    hf = _load(settings, config, None, trust_remote_code=False, say=refuse)
     model = SpeechModel(
         hf, normalize=extractor.do_normalize, takes_attention_mask=bool(extractor.return_attention_mask)
     )
@@ -130,10 +132,30 @@ def _check_adapter(config: PretrainedConfig) -> None:
         )
 
 
+def _writes_in(pretrained: str, vocabulary: Vocabulary) -> bool:
+    """Whether a pretrained head's classes can stand for this vocabulary: False only where its own tokenizer differs."""
+    try:
+        return load_vocabulary(pretrained).tokens == vocabulary.tokens
+    except (ModelError, CorpusError):  # no tokenizer beside the weights: nothing to compare with
+        return True
+
+
+def _renew_head(hf: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Random weights for the head, as transformers draws them, from torch's generator."""
+    head: Any = hf
+    nn.init.normal_(head.lm_head.weight, std=config.initializer_range)
+    nn.init.zeros_(head.lm_head.bias)
+
+
 def _load(
-    settings: ModelSettings, config: PretrainedConfig, *, trust_remote_code: bool, say: Callable[[str], None]
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    vocabulary: Vocabulary | None,
+    *,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
 ) -> PreTrainedModel:
-    """Weights: those of `pretrained`, else random ones from torch's generator."""
+    """Weights: those of `pretrained`, else random ones from torch's generator; the head must write in `vocabulary`."""
     automatic: Any = AutoModelForCTC
     attention: str = settings.attention
     kind = automatic._model_mapping.get(type(config), None)
@@ -166,4 +188,7 @@ def _load(
         )
     if any(is_head(name) for name in new):
         say(f"the head of {settings.pretrained} is made anew: {config.vocab_size} classes, random weights of the seed")
+    elif vocabulary is not None and not _writes_in(settings.pretrained, vocabulary):
+        _renew_head(hf, config)
+        say(f"the head of {settings.pretrained} is made anew: it was trained for other characters than this corpus's")
     return hf

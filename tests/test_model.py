@@ -275,6 +275,18 @@ def test_the_head_of_another_vocabulary_is_made_anew_from_the_seed_and_said(pret
     assert all(torch.equal(kept[name], value) for name, value in weights.items() if not is_head(name))
 
 
+def test_a_head_for_other_characters_is_made_anew_even_at_the_same_size(pretrained):
+    path, weights = pretrained
+    other = Vocabulary.build(["abc xyz"])
+    assert other.size == VOCABULARY.size
+    said = []
+    speech = build_model(from_pretrained(path), other, say=said.append)
+    assert len(said) == 1
+    assert "other characters" in said[0]
+    assert not torch.equal(speech.hf.lm_head.weight, weights["lm_head.weight"])
+    assert 0 < speech.hf.lm_head.weight.std() < 0.1
+
+
 def test_weights_that_do_not_fit_are_refused(pretrained):
     path, _ = pretrained
     with pytest.raises(ModelError, match=r"lack or do not fit.*intermediate_dense"):
