@@ -1,6 +1,6 @@
 # `make demo`: from nothing to a model that transcribes. `make test`: everything the tests need, then all tests.
-# Both work in .venv, made here. On Linux with an NVIDIA GPU pip installs torch with CUDA, gigabytes of it; the
-# smaller CPU build comes with  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Both work in .venv, made here. On Linux pip may install torch with CUDA, gigabytes of it; the smaller CPU build
+# comes with  make demo TORCH_INDEX=URL  of PyTorch's index of CPU builds.
 
 VENV := .venv
 PYTHON ?= python3

@@ -285,7 +285,9 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
             job.parallel.accelerator,
             trust_remote_code=recipe.trust_remote_code,
         )
-        line = {"step": state.step, "set": name, **score.to_json()}
+        values = score.to_json()
+        del values["confusions"]  # they can be counted from the rows, and make a long line
+        line = {"step": state.step, "set": name, **values}
         job.log(line)
         job.parallel.accelerator.log({f"{name}/wer": score.wer, f"{name}/cer": score.cer}, step=state.step)
         progress.score(name, line)
