@@ -175,10 +175,10 @@ def fake_training(machine, monkeypatch, tmp_path):
 
 def test_train_passes_recipe_and_flags_on_and_returns_the_ranks_code(fake_training, capsys):
     started = fake_training({0: FAILED, 1: STOPPED}, exit_code=1)
-    assert cli.main(["train", "demo", "--processes", "2", "log.every=5", "--debug"]) == 4
+    assert cli.main(["train", "demo", "units_per_step=2", "--processes", "2", "--debug"]) == 4
     assert "rank 0: TrainingError: 10 steps" in capsys.readouterr().err
     ((command, env),) = started
-    assert command[-5:] == ["-m", "asr_train", "demo", "log.every=5", "--debug"]
+    assert command[-5:] == ["-m", "asr_train", "demo", "units_per_step=2", "--debug"]
     assert command[command.index("--num_processes") + 1] == "2"
     assert env["ACCELERATE_USE_CPU"] == "true"
     assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 600
