@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -29,7 +28,7 @@ from asr_train.files import read_jsonl
 from asr_train.metrics import render_alignment
 from asr_train.model import PADDING_SENSITIVE_OVER, SpeechModel, load_exported, padding_difference
 from asr_train.prepare import prepare
-from asr_train.recipe import decode_recipe
+from asr_train.recipe import read_resolved
 from asr_train.run_dir import RunDir
 from asr_train.score import SetScore, add_metrics, evaluate_set
 from asr_train.trained import load_trained
@@ -164,7 +163,7 @@ def _text_settings(model_dir: Path, vocabulary: Vocabulary) -> TextSettings:
     """How references are normalised for a model: as its recipe says, else in the letter case of its vocabulary."""
     recipe_file = model_dir / "recipe.yaml"
     if recipe_file.exists():
-        return decode_recipe(yaml.safe_load(recipe_file.read_text(encoding="utf-8")), where=str(recipe_file)).text
+        return read_resolved(recipe_file).text
     letters = "".join(token for token in vocabulary.tokens if token not in vocabulary.special)
     if letters == letters.lower() or vocabulary.do_lower_case:
         return TextSettings(case="lower")

@@ -32,14 +32,49 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path = resources.find("recipes", str(recipe))
     except FileNotFoundError as error:
         raise RecipeError(str(error)) from None
+    values = _read(path)
+    problems = [problem for text in overrides if (problem := _override(values, text))]
+    return decode_recipe(values, where=str(path), problems=problems)
+
+
+def read_resolved(path: Path) -> Recipe:
+    """Read a recipe that this program wrote: of a run directory, or of a model folder.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    return decode_recipe(_read(path), where=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its tags for Python objects, and without keys that stand twice, of which PyYAML drops the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe file.
+
+    Raises:
+        RecipeError: it is no text, no YAML, or something else than `key: value` lines.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is no recipe: it is not UTF-8 text ({error})") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no recipe: expected `key: value` lines, found {type(values).__name__}")
-    problems = [problem for text in overrides if (problem := _override(values, text))]
-    return decode_recipe(values, where=str(path), problems=problems)
+    return values
 
 
 def decode_recipe(values: Mapping[str, Any], where: str = "recipe", problems: Sequence[str] = ()) -> Recipe:

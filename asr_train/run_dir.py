@@ -26,13 +26,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from asr_train.config import Recipe
 from asr_train.errors import RecipeError, RunError
 from asr_train.files import append_jsonl, read_json, read_jsonl, write_json, write_text
 from asr_train.lock import HeartbeatLock, LockHeldError
-from asr_train.recipe import decode_recipe, dump_recipe, identity, recipe_hash
+from asr_train.recipe import dump_recipe, identity, read_resolved, recipe_hash
 
 _LIBRARIES = ("wavefleet", "torch", "transformers", "accelerate", "datasets", "numpy", "deepspeed")
 
@@ -63,11 +61,12 @@ class RunDir:
 
         Raises:
             RunError: the folder is no run directory.
+            RecipeError: its recipe.yaml is damaged, or of another version.
         """
         path = self.path / "recipe.yaml"
         if not path.exists():
             raise RunError(f"{self.path} is no run directory: it has no recipe.yaml")
-        return decode_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+        return read_resolved(path)
 
     def evaluation(self, step: int, set_name: str) -> Path:
         """File of the hypotheses of one evaluation."""
