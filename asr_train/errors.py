@@ -1,7 +1,8 @@
 """Our exceptions, each with the exit code that its program ends with.
 
 A subclass of `WavefleetError` carries a message written for the user: what is wrong, where, and what to do.
-`run_main` turns it into that message on stderr and the exit code; `--debug` shows the traceback instead.
+`run_main` turns it into that message on stderr and the exit code; `--debug` shows the traceback instead. So it does
+with what the operating system refuses, an `OSError`.
 """
 
 import sys
@@ -51,7 +52,7 @@ class TrainingError(WavefleetError):
 
 
 def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Run a command's main function; a `WavefleetError` becomes its message and its exit code.
+    """Run a command's main function; a `WavefleetError` or an `OSError` becomes its message and its exit code.
 
     Args:
         program: takes the arguments without the program's name, returns the exit code.
@@ -71,6 +72,11 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
         return EXIT_DONE
+    except OSError as error:  # a full disk, a file in the way, a folder without permission: not ours to mend
+        if debug:
+            raise
+        print(f"error: {error}; --debug shows what was being done", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

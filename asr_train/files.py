@@ -1,5 +1,6 @@
 """The one place for atomic writes, append-only lines, and hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,12 +20,23 @@ def fsync_dir(path: Path) -> None:
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an `OSError` of the block, of a full disk say, the file's name where the system gave none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends well: written aside, fsynced, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
+        with _naming(path), aside.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -54,16 +66,20 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Append one object as one line, in a single write, so that lines of several processes never mix.
 
     A torn last line, left by a full disk or a power cut, is closed first, so that it costs no other line.
+
+    Raises:
+        OSError: the disk is full; a part of the line may have been written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
-    with path.open("ab+", buffering=0) as stream:
+    with _naming(path), path.open("ab+", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
         if size:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
                 line = b"\n" + line
-        stream.write(line)
+        if stream.write(line) != len(line):  # the kernel takes what fits, and fails at the next write only
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,17 @@ class RunDir:
         """The lock that keeps a second training out; see `locked_message` for what the user reads."""
         return HeartbeatLock(self.path / "lock.json")
 
+    def make(self) -> None:
+        """Make the folder, if it is not there.
+
+        Raises:
+            RunError: a file is in the way, or it may not be made there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"run_dir: {self.path} cannot be made: {error}; choose another") from None
+
     def claim(self, recipe: Recipe, *, allow_change: bool = False) -> None:
         """Make this the directory of `recipe`, or check that it is already.
 

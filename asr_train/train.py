@@ -56,6 +56,7 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
         if rank == 0:
+            run.make()
             try:
                 stack.enter_context(run.lock())
             except LockHeldError as error:
@@ -71,7 +72,8 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
         except BaseException as error:
             code = error.exit_code if isinstance(error, WavefleetError) else EXIT_FAILED
             outcome = {"status": "failed", "exit_code": code, "message": f"{type(error).__name__}: {error}"}
-            run.write_outcome(attempt or run.newest_attempt(), rank, outcome)
+            with contextlib.suppress(OSError):  # a full disk may be the very reason; that one is to be said
+                run.write_outcome(attempt or run.newest_attempt(), rank, outcome)
             raise
         code = EXIT_DONE if status == "done" else EXIT_STOPPED
         message = f"stopped by {stop.signal_name}" if stop.is_set else status

@@ -134,6 +134,7 @@ def _without_outcomes(ended: Ended) -> tuple[int, str]:
 
 def _claim(run: RunDir, recipe: Recipe, *, allow_change: bool) -> None:
     """Refuse a live run and a run of another recipe before anything is started."""
+    run.make()
     path = run.path / "lock.json"
     if held := lock.holder(path):
         raise RunError(locked_message(run, lock.LockHeldError(path, held)))
