@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -53,7 +54,8 @@ def test_a_holder_on_another_host_lives_by_its_heartbeat(tmp_path, monkeypatch):
 
 def test_many_that_try_to_take_over_a_dead_lock_end_with_one_holder(tmp_path):
     path = tmp_path / "lock.json"
-    path.write_text('{"host": "%s", "pid": 999999, "process_start": 0, "token": "x"}' % os.uname().nodename)
+    dead = {"host": os.uname().nodename, "pid": 999999, "process_start": 0, "token": "x"}
+    path.write_text(json.dumps(dead))
     code = (
         "import sys, time; from pathlib import Path; from asr_train.lock import HeartbeatLock, LockHeldError\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"

@@ -8,7 +8,8 @@ from asr_train.state import TrainState, due
 
 
 def make_recipe(**changes):
-    return decode_recipe({"name": "r", "max_steps": 10, "data": {"train": {"kind": "demo", "split": "train"}}} | changes)
+    data = {"train": {"kind": "demo", "split": "train"}}
+    return decode_recipe({"name": "r", "max_steps": 10, "data": data} | changes)
 
 
 def test_a_directory_belongs_to_one_recipe(tmp_path):
