@@ -98,9 +98,9 @@ def _mono_16k(audio: Path | bytes, offset_s: float | None, duration_s: float | N
 
 def _read(audio: Path | bytes, offset_s: float | None, duration_s: float | None) -> tuple[npt.NDArray[np.float32], int]:
     """Decoded samples, float32 [num_samples, num_channels], and their rate."""
-    if isinstance(audio, Path) and not audio.is_file():
-        raise AudioError("missing file", str(audio))
     try:
+        if isinstance(audio, Path) and not audio.is_file():
+            raise AudioError("missing file", str(audio))
         with audio.open("rb") if isinstance(audio, Path) else io.BytesIO(audio) as stream:
             if cut := _cut_short(stream):
                 raise AudioError("truncated audio", cut)
@@ -112,7 +112,7 @@ def _read(audio: Path | bytes, offset_s: float | None, duration_s: float | None)
             _check_length(file, stop - start, len(samples))
             return samples, int(file.samplerate)
     except (soundfile.LibsndfileError, OSError) as error:
-        found = str(error).rpartition(": ")[2] or type(error).__name__
+        found = getattr(error, "strerror", None) or str(error).rpartition(": ")[2] or type(error).__name__
         reason = "truncated audio" if "lost sync" in found else "unreadable audio"  # libsndfile's words for a cut FLAC
         raise AudioError(reason, found) from None
 

@@ -164,7 +164,9 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str
                 continue
             try:
                 values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
+                if b"\\ud" in line.lower():  # half of a surrogate pair is no character
+                    json.dumps(values, ensure_ascii=False).encode("utf-8")
+            except (ValueError, RecursionError) as error:
                 problems.append(f"{path}:{number}: not JSON: {error}")
                 continue
             if isinstance(values, dict):
