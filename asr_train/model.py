@@ -1,11 +1,13 @@
 """Where a model comes from: pretrained weights, random ones, an exported folder; and what padding does to it."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCTC, PretrainedConfig, PreTrainedModel
 
@@ -107,7 +109,7 @@ def load_exported(path: Path | str) -> tuple[SpeechModel, Vocabulary]:
     """A model folder of transformers, or its name on the hub, and its vocabulary; in evaluation mode.
 
     Raises:
-        ModelError: the folder has no CTC model that takes raw audio, or one without a trained head.
+        ModelError: the folder has no CTC model that takes raw audio, or one without a trained head or its vocabulary.
     """
 
     def refuse(text: str) -> None:
@@ -121,7 +123,13 @@ def load_exported(path: Path | str) -> tuple[SpeechModel, Vocabulary]:
     model = SpeechModel(
         hf, normalize=extractor.do_normalize, takes_attention_mask=bool(extractor.return_attention_mask)
     )
-    return model.eval(), load_vocabulary(str(path))
+    vocabulary = load_vocabulary(str(path))
+    if vocabulary.size < hf.config.vocab_size:
+        raise ModelError(
+            f"model: {path} writes {hf.config.vocab_size} classes, and its vocabulary has {vocabulary.size} tokens; "
+            "is vocab.json that of this model?"
+        )
+    return model.eval(), vocabulary
 
 
 def _check_adapter(config: PretrainedConfig) -> None:
@@ -175,7 +183,12 @@ def _load(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except pickle.UnpicklingError as error:  # torch's message advises to load it all the same
+        raise ModelError(
+            f"model: the weights of {settings.pretrained} are damaged, or a pickle of more than tensors, which may run"
+            " anything when it is loaded; it was not. Have them saved as safetensors."
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model: {settings.pretrained or settings.architecture} cannot be made: {error}") from error
     mismatched = [name for name, *_ in found["mismatched_keys"]]
     new = sorted({*found["missing_keys"], *mismatched})

@@ -138,7 +138,7 @@ def load_vocabulary(name: str) -> Vocabulary:
         CorpusError: a folder without one.
         ModelError: nothing of that name can be loaded, or it is no character tokenizer for CTC.
     """
-    if (Path(name) / "vocab.json").exists():
+    if Path(name).is_dir():
         return Vocabulary.from_tokenizer_dir(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

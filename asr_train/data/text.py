@@ -99,6 +99,8 @@ class Vocabulary:
         try:
             ids = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
             config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+            if not (isinstance(ids, dict) and isinstance(config, dict)):
+                raise ValueError("vocab.json and tokenizer_config.json should be objects")
         except (OSError, ValueError) as error:
             raise CorpusError(f"{path} is not the folder of a saved CTC tokenizer: {error}") from None
         if config.get("target_lang") is not None:
