@@ -11,24 +11,25 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from asr_train.errors import CheckpointError
+from asr_train.errors import CheckpointError, TrainingError
 from asr_train.files import publish_dir, read_json, write_json
 from asr_train.model import SpeechModel
+from asr_train.safe_load import causes, load_tensors
 from asr_train.state import TrainState
 from asr_train.strategy import DeepSpeedParallel, Parallel
 
 # torch says so at each save and load of a single process, which knows
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+_Value = TypeVar("_Value")
 _NAME = re.compile(r"step-(\d{10})")
 _DEEPSPEED = "deepspeed"  # folder of DeepSpeed's own files in a checkpoint
 
@@ -46,8 +47,15 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     def state(self) -> dict[str, Any]:
-        """The content of state.json: `train` and `scaler`."""
-        content: dict[str, Any] = read_json(self.path / "state.json")
+        """The content of state.json: `train` and `scaler`.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        try:
+            content: dict[str, Any] = read_json(self.path / "state.json")
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / 'state.json'} is damaged: {error}") from None
         return content
 
 
@@ -56,35 +64,36 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:010d}"
 
 
-def save(folder: Path, parallel: Parallel, state: TrainState, facts: Mapping[str, Any]) -> Path:
+def save(
+    folder: Path, parallel: Parallel, state: TrainState, facts: Mapping[str, Any], *, replace: bool = False
+) -> Path:
     """Write a checkpoint of the current state; every rank calls this, and returns when it is committed.
 
+    One that stands there already is kept, unless it is not whole, or `replace` says that the state has changed since.
+
     Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
+        TrainingError: it could not be written; what was there before is untouched.
     """
     final = checkpoint_path(folder, state.step)
-    if final.exists():
+    if _agree(parallel, not replace and open_checkpoint(final) is not None):
         return final
     staging = folder / f".staging-{final.name}-{_agree(parallel, uuid.uuid4().hex[:8])}"
     try:
         _write_tensors(staging, parallel)
-    except CheckpointException as error:  # a BaseException, which `except Exception` misses
-        raise CheckpointError(f"checkpoint of step {state.step} could not be written to {staging}: {error}") from error
-    if parallel.rank == 0:
-        scaler = parallel.accelerator.scaler
-        write_json(staging / "state.json", {"train": state.to_json(), "scaler": scaler and scaler.state_dict()})
-        files = {str(path.relative_to(staging)): path.stat().st_size for path in _files(staging)}
-        write_json(
-            staging / "MANIFEST.json",
-            {
-                "step": state.step,
-                "world_size": parallel.world_size,
-                "sharding": _sharding(parallel),
-                **facts,
-                "files": files,
-            },
-        )
-        publish_dir(staging, final)
+        if parallel.rank == 0:
+            _write_manifest(staging, parallel, state, facts)
+            if final.exists():
+                final.rename(folder / f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
+            publish_dir(staging, final)
+            remove_leftovers(folder)
+    except (CheckpointException, OSError) as error:  # the first is a BaseException, which `except Exception` misses
+        if parallel.rank == 0:  # what is half written would fill the disk that was full already
+            shutil.rmtree(staging, ignore_errors=True)
+        cause = causes(error) if isinstance(error, CheckpointException) else str(error)
+        raise TrainingError(
+            f"the checkpoint of step {state.step} could not be written to {folder}: {cause}\n"
+            "Those before it are untouched; make room there, and the same command goes on from the newest."
+        ) from error
     parallel.accelerator.wait_for_everyone()
     return final
 
@@ -93,12 +102,20 @@ def committed(folder: Path) -> list[Checkpoint]:
     """Checkpoints that are whole, oldest first: manifest there, every file there with its size."""
     found = []
     for path in sorted(folder.glob("step-*")):
-        if _NAME.fullmatch(path.name) and (path / "MANIFEST.json").exists():
-            manifest = read_json(path / "MANIFEST.json")
-            sizes = manifest["files"]
-            if all((path / name).exists() and (path / name).stat().st_size == sizes[name] for name in sizes):
-                found.append(Checkpoint(path, manifest))
+        if _NAME.fullmatch(path.name) and (whole := open_checkpoint(path)) is not None:
+            found.append(whole)
     return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, if it is whole."""
+    try:
+        manifest = read_json(path / "MANIFEST.json")
+        sizes = manifest["files"]
+        is_whole = all((path / name).stat().st_size == sizes[name] for name in sizes)
+    except (OSError, ValueError, TypeError, KeyError):  # a file is missing; the manifest is torn, or something else
+        return None
+    return Checkpoint(path, manifest) if is_whole else None
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -116,6 +133,14 @@ def newest(folder: Path) -> Checkpoint | None:
             "Bring one back, or move this folder away to start from step 0."
         )
     return None
+
+
+def passed_over(folder: Path) -> list[str]:
+    """Names of checkpoints that are not whole, and newer than the newest that is."""
+    last = newest(folder)
+    whole = [found.path.name for found in committed(folder)]
+    later = (path.name for path in sorted(folder.glob("step-*")) if last is None or path.name > last.path.name)
+    return [name for name in later if name not in whole]
 
 
 def best(folder: Path) -> Checkpoint | None:
@@ -139,10 +164,7 @@ def restore(checkpoint: Checkpoint, parallel: Parallel, facts: Mapping[str, Any]
             f"{checkpoint.path} was written for another {' and '.join(key.split('_')[0] for key in differ)}; "
             "going on would repeat and leave out utterances. Bring the corpus back, or choose another run_dir."
         )
-    try:
-        _read_tensors(checkpoint, parallel)
-    except CheckpointException as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {error}") from error
+    _read_tensors(checkpoint, parallel)
     content = checkpoint.state()
     if parallel.accelerator.scaler is not None and content["scaler"]:
         parallel.accelerator.scaler.load_state_dict(content["scaler"])
@@ -153,10 +175,7 @@ def load_weights(checkpoint: Checkpoint | Path, model: SpeechModel) -> None:
     """Load a checkpoint's weights into an unwrapped model, in one process, whatever world size wrote it."""
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
     weights = get_model_state_dict(model)
-    try:
-        load({"model": weights}, checkpoint_id=path / "shards", no_dist=True)
-    except CheckpointException as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    load_tensors({"model": weights}, path / "shards", no_dist=True)
     model.load_state_dict(weights)
 
 
@@ -176,6 +195,15 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".staging-*", ".trash-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
+
+
+def _write_manifest(staging: Path, parallel: Parallel, state: TrainState, facts: Mapping[str, Any]) -> None:
+    """Write what is no tensor, then the list of all files."""
+    scaler = parallel.accelerator.scaler
+    write_json(staging / "state.json", {"train": state.to_json(), "scaler": scaler and scaler.state_dict()})
+    about = {"step": state.step, "world_size": parallel.world_size, "sharding": _sharding(parallel), **facts}
+    files = {str(path.relative_to(staging)): path.stat().st_size for path in _files(staging)}
+    write_json(staging / "MANIFEST.json", {**about, "files": files})
 
 
 def _sharding(parallel: Parallel) -> str:
@@ -220,7 +248,7 @@ def _read_tensors(checkpoint: Checkpoint, parallel: Parallel) -> None:
         return
     model_state, optimizer_state = get_state_dict(parallel.model, parallel.optimizer)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    load(tensors, checkpoint_id=checkpoint.path / "shards", no_dist=parallel.world_size == 1)
+    load_tensors(tensors, checkpoint.path / "shards", no_dist=parallel.world_size == 1)
     set_state_dict(
         parallel.model,
         parallel.optimizer,
@@ -233,7 +261,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _agree(parallel: Parallel, value: str) -> str:
+def _agree(parallel: Parallel, value: _Value) -> _Value:
     """Rank 0's value, on every rank."""
     if parallel.world_size == 1:
         return value

@@ -8,7 +8,6 @@ from asr_train.checkpoint import Checkpoint
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.errors import CheckpointError
-from asr_train.files import read_json
 from asr_train.model import SpeechModel, build_model
 from asr_train.prepare import prepare
 from asr_train.run_dir import RunDir
@@ -58,7 +57,7 @@ def find_checkpoint(run: RunDir, which: str) -> Checkpoint:
         if found is None:
             raise CheckpointError(f"{run.path} has no checkpoint yet; train it first")
         return found
-    path = Path(which)
-    if not (path / "MANIFEST.json").exists():
-        raise CheckpointError(f"{which!r} is neither best, nor newest, nor the path of a checkpoint")
-    return Checkpoint(path, read_json(path / "MANIFEST.json"))
+    named = checkpoints.open_checkpoint(Path(which))
+    if named is None:
+        raise CheckpointError(f"{which!r} is neither best, nor newest, nor the path of a whole checkpoint")
+    return named

@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 LAYERS = (
     """__init__ config errors files geometry lock recipe resources run_dir state
     estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.plan""",
-    """stop progress metrics loss optim
+    """stop progress metrics loss optim safe_load
     data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
     data.sources
     data.shards data.shard_pool data.summary data.finish data.corpus data.spec_augment data.batch data.loader""",
