@@ -88,6 +88,14 @@ def is_prepared(recipe: Recipe) -> Path | None:
     return path if (path / "corpus.json").exists() else None
 
 
+def wait_for_corpus(recipe: Recipe, poll_s: float = 1.0) -> Corpus:
+    """The recipe's corpus, once another process has prepared it; looks at one file, and asks nobody."""
+    path = corpus_path(recipe, _geometry(recipe))
+    while not (path / "corpus.json").exists():
+        time.sleep(poll_s)
+    return Corpus.open(path)
+
+
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="prepare", description="Prepare the corpus of a recipe.")
@@ -129,9 +137,11 @@ def _make(recipe: Recipe, geometry: FrameGeometry, path: Path, progress: bool) -
     # 5. What transformers reads, then the file that makes it a corpus.
     _save_processor(recipe, vocabulary, path)
     identity = corpus_identity(recipe, geometry)
+    # a run goes on only with the rows that it began with, whatever became of the manifest meanwhile
+    rows = [listing.digest(("id", "text")) for listing in listings["train"]]
     info = {
         "format": identity["format"],
-        "hash": hash_json(identity),
+        "hash": hash_json({**identity, "rows": rows}),
         "identity": identity,
         "sets": sets,
         "vocabulary": vocabulary.to_json(),

@@ -115,7 +115,7 @@ class Corpus:
 
     @property
     def hash(self) -> str:
-        """Hash, in hex, of what made the corpus."""
+        """Hash, in hex, of what made the corpus: the recipe's fields, ids and texts of the training rows."""
         return str(self.info["hash"])
 
 

@@ -141,10 +141,10 @@ class Listing:
         position = self.table.schema.get_field_index("id")
         return replace(self, table=self.table.set_column(position, "id", ids))
 
-    def digest(self) -> str:
-        """Hash of the table: a resumed prepare goes on only if it lists the same rows."""
+    def digest(self, columns: Sequence[str] | None = None) -> str:
+        """Hash of the table, or of some columns: a resumed prepare goes on only if it lists the same rows."""
         sink = _HashSink()
-        table = self.table.combine_chunks()
+        table = (self.table if columns is None else self.table.select(columns)).combine_chunks()
         with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as writer:
             writer.write_table(table, max_chunksize=_CHUNK_ROWS)
         return sink.hash.hexdigest()
