@@ -203,6 +203,9 @@ class EvalSettings(_Strict):
                                     defines_run=False)  # fmt: skip
     best: str | None = setting("metric that picks the best model, `dev_clean/wer`; null is the first set's wer", None,
                                defines_run=False)  # fmt: skip
+    higher_is_better: bool | None = setting(
+        "whether more of that metric is better; null knows wer, cer and other common ones", None, defines_run=False
+    )
     early_stopping: Count | None = setting("stop after this many evaluations without a better one", None)
     unit_audio_s: Positive = setting("seconds of audio, padded, an evaluation batch", 100.0, defines_run=False)
     metrics: tuple[str, ...] = setting(

@@ -5,8 +5,10 @@ A subclass of `WavefleetError` carries a message written for the user: what is w
 with what the operating system refuses, an `OSError`.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_USAGE = 2  # the command line or the recipe
@@ -51,6 +53,14 @@ class TrainingError(WavefleetError):
     """Training cannot go on: too many skipped steps, a failed rank."""
 
 
+def say(text: str) -> None:
+    """Tell the user something on stderr; a training goes on when nobody reads any more, `tee` or the terminal gone."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  open to the end
+
+
 def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's main function; a `WavefleetError` or an `OSError` becomes its message and its exit code.
 
@@ -67,7 +77,7 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except WavefleetError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
@@ -78,5 +88,5 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         print(f"error: {error}; --debug shows what was being done", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130

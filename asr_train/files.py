@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         OSError: the disk is full; a part of the line may have been written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
+    line = (json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     with _naming(path), path.open("ab+", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
         if size:
@@ -80,6 +81,17 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
                 line = b"\n" + line
         if stream.write(line) != len(line):  # the kernel takes what fits, and fails at the next write only
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not know: NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -67,6 +67,7 @@ class HeartbeatLock:
         me = psutil.Process()
         content = {
             "host": socket.gethostname(),
+            "pid_space": _pid_space(),
             "pid": os.getpid(),
             "process_start": me.create_time(),
             "since": time.time(),
@@ -103,11 +104,21 @@ class HeartbeatLock:
                 os.utime(self.path)
             except FileNotFoundError:
                 return
+            except OSError:  # a shared file system that hiccups; the next beat may come through
+                continue
 
 
 def holder(path: Path) -> dict[str, Any] | None:
     """Who holds the lock now (host, pid, since), or None when nobody alive does."""
     return _read(path) if _alive(path) else None
+
+
+def _pid_space() -> str:
+    """What pids mean here: two containers of one host and name each count their own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def _alive(path: Path) -> bool:
     content = _read(path)
     if not content:
         return False
-    if content["host"] == socket.gethostname():
+    if content["host"] == socket.gethostname() and content.get("pid_space") == _pid_space():
         try:
             process = psutil.Process(content["pid"])
             return bool(

@@ -6,10 +6,12 @@ host sync a step decides update or skip on all ranks together.
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -17,8 +19,8 @@ from asr_train import checkpoint
 from asr_train.config import Recipe
 from asr_train.data.batch import Batch, input_values
 from asr_train.data.corpus import Corpus
-from asr_train.data.loader import RankTurns, Turn, TurnBatches, make_loader
-from asr_train.data.plan import Plan, units_of_rank
+from asr_train.data.loader import RankTurns, Turn, TurnBatches, open_loader
+from asr_train.data.plan import Plan
 from asr_train.data.text import Normaliser
 from asr_train.errors import RecipeError, TrainingError
 from asr_train.files import append_jsonl
@@ -29,7 +31,7 @@ from asr_train.progress import TrainingProgress
 from asr_train.recipe import parse_cadence
 from asr_train.run_dir import RunDir
 from asr_train.score import add_metrics, evaluate_set
-from asr_train.state import TrainState, due
+from asr_train.state import TrainState, due, higher_is_better
 from asr_train.stop import StopFlag
 from asr_train.strategy import Parallel
 
@@ -65,14 +67,23 @@ class Job:
 def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
     """The loop: `done` when all steps are made or no better model came for long, `stopped` when asked to."""
     recipe, plan, parallel = job.recipe, job.plan, job.parallel
-    turns = iter(_loader(job, state))
-    eval_cadence, save_cadence = parse_cadence(recipe.eval.every), parse_cadence(recipe.checkpoint.every)
     clock = _Clock()
-    with TrainingProgress(start_step=state.step, max_steps=job.max_steps, is_shown=job.is_main) as progress:
-        while not _is_over(job, state):
+    with (
+        TrainingProgress(start_step=state.step, max_steps=job.max_steps, is_shown=job.is_main) as progress,
+        _loader(job, state) as turns,
+    ):
+        while True:
+            # 1. What is due between two steps; an evaluation that a stop came before is made up for here.
+            if _evaluate_and_save(job, state, progress):
+                clock.restart()
+            if _is_over(job, state):
+                break
+
+            # 2. Forward and backward, unit by unit; dropout and masks belong to the unit, not to the rank.
             epoch, step = state.position(plan.steps_per_epoch)
             num_utterances = plan.num_utterances_in(epoch, step)
             parallel.module.transformer_frozen = state.step < recipe.model.freeze_transformer_steps
+            parallel.module.train()
             lr = apply_schedule(
                 parallel.optimizer,
                 recipe.optim,
@@ -80,39 +91,27 @@ def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
                 max_steps=job.max_steps,
                 freeze_transformer_steps=recipe.model.freeze_transformer_steps,
             )
-            parallel.module.train()
-
-            # 1. Forward and backward, unit by unit; dropout and masks belong to the unit, not to the rank.
             totals = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # loss, infinite losses, stop
-            done: list[tuple[np.ndarray, torch.Tensor]] = []
-            is_last = False
-            while not is_last:
+            done: list[_Done] = []
+            while not (done and done[-1].turn.is_last):
                 turn, batch = clock.wait_for(turns)
-                is_last = turn.is_last
-                losses = _forward(job, turn, batch.to(parallel.device), totals, num_utterances)
-                done.append((batch.ids, losses))
+                assert (turn.epoch, turn.step) == (epoch, step), f"the loader is at {turn}, not at {(epoch, step)}"
+                losses = _forward(job, turn, batch.to(parallel.device, non_blocking=True), totals, num_utterances)
+                done.append(_Done(turn, batch.ids, losses))
 
-            # 2. Sum over ranks, then update, or skip on all ranks together; one host sync.
+            # 3. Sum over ranks, then update, or skip on all ranks together; one host sync.
             totals[2] += stop.is_set
             (loss, num_infinite, num_stops), norm, is_applied = parallel.update(totals, recipe.optim.max_grad_norm)
             state.step += 1
             state.num_infinite_losses += int(num_infinite)
-            _count_skip(job, state, done, progress, is_applied=is_applied)
 
-            # 3. Say what happened, evaluate, save.
+            # 4. Say what happened; stop if any rank was asked to.
             _log_step(job, state, progress, clock, {"epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr})
             if recipe.log.trained_ids:
-                _write_trained_ids(job, state, epoch, step)
-            is_best = False
-            is_last_step = state.step == job.max_steps
-            if recipe.eval.sets and (is_last_step or due(eval_cadence, state.step, plan.steps_per_epoch)):
-                is_best = _evaluate(job, state, progress)
-                clock.restart()
-            is_saving = due(save_cadence, state.step, plan.steps_per_epoch) or (is_best and recipe.checkpoint.save_best)
-            if is_saving or num_stops or _is_over(job, state):
+                _write_trained_ids(job, state, epoch, done)
+            _count_skip(job, state, done, progress, is_applied=is_applied)
+            if num_stops:
                 _save(job, state)
-                clock.restart()
-            if num_stops and not _is_over(job, state):
                 progress.say(f"stopped after step {state.step}, checkpoint written; the same command goes on")
                 job.log({"event": "stopped", "step": state.step})
                 return "stopped"
@@ -121,18 +120,27 @@ def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
     return "done"
 
 
+class _Done(NamedTuple):
+    """A turn that was computed: its utterances and their losses [B]."""
+
+    turn: Turn
+    ids: npt.NDArray[np.int64]
+    losses: torch.Tensor
+
+
 def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utterances: int) -> torch.Tensor:
     """Forward and backward of one unit; adds its share of the step's loss to `totals`, returns its losses [B]."""
     parallel = job.parallel
     torch.manual_seed(batch.seed)
     with parallel.unit(is_last=turn.is_last):
-        logits = parallel.model(
-            input_values(batch),
-            batch.num_samples,
-            time_mask=batch.time_mask,
-            feature_mask=batch.feature_mask,
-            keep_layers=batch.keep_layers,
-        )  # [B, F, V]
+        with parallel.accelerator.autocast():  # FSDP2 has none of its own here, see `strategy.prepare`
+            logits = parallel.model(
+                input_values(batch),
+                batch.num_samples,
+                time_mask=batch.time_mask,
+                feature_mask=batch.feature_mask,
+                keep_layers=batch.keep_layers,
+            )  # [B, F, V]
         losses, infinite = ctc_losses(
             logits, batch.num_frames, batch.labels, batch.num_labels, job.corpus.vocabulary.blank_id
         )
@@ -146,12 +154,12 @@ def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utter
     return losses.detach()
 
 
-def _loader(job: Job, state: TrainState) -> Iterator[tuple[Turn, Batch]]:
+def _loader(job: Job, state: TrainState) -> AbstractContextManager[Iterator[tuple[Turn, Batch]]]:
     """(turn, batch) of this rank, from the run's position on."""
     epoch, step = state.position(job.plan.steps_per_epoch)
     turns = RankTurns(job.plan, job.parallel.rank, job.parallel.world_size, epoch, step)
     is_cuda = job.parallel.device.type == "cuda"
-    return iter(make_loader(job.batches, turns, num_workers=job.recipe.num_workers, pin_memory=is_cuda))
+    return open_loader(job.batches, turns, num_workers=job.recipe.num_workers, pin_memory=is_cuda)
 
 
 class _Clock:
@@ -218,7 +226,7 @@ def _log_step(job: Job, state: TrainState, progress: TrainingProgress, clock: _C
 def _count_skip(
     job: Job,
     state: TrainState,
-    done: list[tuple[np.ndarray, torch.Tensor]],
+    done: list[_Done],
     progress: TrainingProgress,
     *,
     is_applied: bool,
@@ -234,9 +242,11 @@ def _count_skip(
     state.num_skipped_steps += 1
     state.num_skipped_in_a_row += 1
     train = job.corpus.train
-    mine = [
-        train.id(int(row)) for ids, losses in done for row in ids[~torch.isfinite(losses).cpu().numpy()[: len(ids)]]
-    ]
+    mine = []
+    for turn, ids, losses in done:
+        if turn.unit is not None:
+            is_bad = ~torch.isfinite(losses).cpu().numpy()
+            mine += [train.id(int(row)) for row in ids[is_bad]]
     gathered: list[list[str]] = [mine] * job.parallel.world_size
     if job.parallel.world_size > 1:
         dist.all_gather_object(gathered, mine)
@@ -252,13 +262,24 @@ def _count_skip(
         )
 
 
-def _write_trained_ids(job: Job, state: TrainState, epoch: int, step: int) -> None:
+def _write_trained_ids(job: Job, state: TrainState, epoch: int, done: list[_Done]) -> None:
     """Write which utterances this rank trained on in this step."""
-    units = job.plan.step_units(epoch, step)
-    mine = units_of_rank(len(units), job.parallel.rank, job.parallel.world_size)
-    ids = [job.corpus.train.id(int(row)) for unit in mine if unit is not None for row in units[unit].ids]
+    ids = [job.corpus.train.id(int(row)) for turn, rows, _ in done if turn.unit is not None for row in rows]
     line = {"attempt": job.attempt, "step": state.step, "epoch": epoch, "rank": job.parallel.rank, "ids": ids}
     append_jsonl(job.run.path / "trained_ids" / f"rank-{job.parallel.rank}.jsonl", line)
+
+
+def _evaluate_and_save(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
+    """Evaluate and save where that is due after the steps made so far and not done yet; whether anything was."""
+    recipe, steps_per_epoch = job.recipe, job.plan.steps_per_epoch
+    is_due = state.step == job.max_steps or due(parse_cadence(recipe.eval.every), state.step, steps_per_epoch)
+    is_evaluated = bool(recipe.eval.sets) and is_due and state.step > state.last_evaluated_step
+    is_best = is_evaluated and _evaluate(job, state, progress)
+    is_saving = due(parse_cadence(recipe.checkpoint.every), state.step, steps_per_epoch)
+    if is_saving or (is_best and recipe.checkpoint.save_best) or _is_over(job, state):
+        _save(job, state, replace=is_evaluated)
+        return True
+    return is_evaluated
 
 
 def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
@@ -296,8 +317,15 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
             if measured not in line:
                 known = ", ".join(key for key, value in line.items() if isinstance(value, float))
                 raise RecipeError(f"eval.best: {best_metric!r}: {name} was scored by: {known}")
-            is_best = state.take_evaluation(best_metric, line[measured])
+            better = _more_is_better(recipe, measured)
+            is_best = state.take_evaluation(best_metric, line[measured], higher_is_better=better)
+    state.last_evaluated_step = state.step
     return is_best
+
+
+def _more_is_better(recipe: Recipe, metric: str) -> bool:
+    """Direction of a metric: the recipe's word, else what is known of it."""
+    return bool(higher_is_better(metric)) if recipe.eval.higher_is_better is None else recipe.eval.higher_is_better
 
 
 def _is_over(job: Job, state: TrainState) -> bool:
@@ -307,8 +335,8 @@ def _is_over(job: Job, state: TrainState) -> bool:
     return is_stale or state.step >= job.max_steps
 
 
-def _save(job: Job, state: TrainState) -> None:
+def _save(job: Job, state: TrainState, *, replace: bool = False) -> None:
     """Commit a checkpoint of the current state, then delete what need not be kept."""
-    checkpoint.save(job.run.checkpoints, job.parallel, state, job.facts)
+    checkpoint.save(job.run.checkpoints, job.parallel, state, job.facts, replace=replace)
     if job.is_main:
         checkpoint.prune(job.run.checkpoints, state, job.recipe.checkpoint.keep_last)

@@ -1,12 +1,14 @@
 """What a person sees of a training: a progress bar on a terminal, plain lines elsewhere."""
 
-import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from asr_train.errors import say
 
 
 class TrainingProgress:
@@ -35,18 +37,18 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
     def advance(self, step: int) -> None:
         """Note that `step` updates are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._update(completed=step)
 
     def log(self, line: dict[str, Any]) -> None:
         """Show a training line of metrics.jsonl."""
         shown = f"loss {line['loss']:.3f}  {line['audio_s_per_s']:.0f} audio-s/s{self._scores}"
         if self._bar is not None:
-            self._bar.update(self._task, shown=shown)
+            self._update(shown=shown)
         else:
             first_step, started = self._start
             per_step = (time.monotonic() - started) / max(1, line["step"] - first_step)
@@ -65,9 +67,20 @@ class TrainingProgress:
         if not self._is_shown:
             return
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            try:
+                self._bar.console.print(text, highlight=False, markup=False)
+            except OSError:
+                self._bar = None
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
+
+    def _update(self, **values: Any) -> None:
+        """Change the bar, if there is one; without its terminal it is no more."""
+        if self._bar is not None:
+            try:
+                self._bar.update(self._task, **values)
+            except OSError:
+                self._bar = None
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from asr_train import resources
 from asr_train.config import DemoSource, FolderSource, HubSource, Recipe, TableSource
 from asr_train.errors import RecipeError
 from asr_train.files import hash_json
+from asr_train.state import higher_is_better
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 _UNION_TAGS = {tag for kind in (HubSource, TableSource, FolderSource, DemoSource)
@@ -232,14 +233,28 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return found + _eval_contradictions(recipe)
 
 
+def _best_contradictions(recipe: Recipe) -> list[str]:
+    """What is wrong with `eval.best`, as far as can be known before metrics are loaded."""
+    if recipe.eval.best is None:
+        return []
+    set_name, _, metric = recipe.eval.best.partition("/")
+    own = ("wer", "cer", "wer_raw", "cer_raw")
+    if set_name not in recipe.eval.sets:
+        known = ", ".join(recipe.eval.sets)
+        return [f"eval.best: {recipe.eval.best!r}: expected SET/METRIC with a set of: {known}"]
+    if metric not in own and not recipe.eval.metrics:
+        return [f"eval.best: {recipe.eval.best!r}: expected SET/METRIC with a metric of: {', '.join(own)}"]
+    if higher_is_better(metric) is None and recipe.eval.higher_is_better is None:
+        return [f"eval.higher_is_better: missing; whether more of {metric!r} is better is not known here"]
+    return []
+
+
 def _eval_contradictions(recipe: Recipe) -> list[str]:
     found = []
     if recipe.eval.metrics and not recipe.trust_remote_code:
         named = ", ".join(recipe.eval.metrics)
         found.append(f"eval.metrics: {named}: metrics are programs; set trust_remote_code: true")
-    if recipe.eval.best is not None and recipe.eval.best.partition("/")[0] not in recipe.eval.sets:
-        known = ", ".join(recipe.eval.sets)
-        found.append(f"eval.best: {recipe.eval.best!r}: expected SET/METRIC with a set of: {known}")
+    found += _best_contradictions(recipe)
     for where, cadence in (("eval.early_stopping", recipe.eval.early_stopping), ("eval.every", recipe.eval.every)):
         if cadence is not None and not recipe.eval.sets:
             found.append(f"{where}: needs at least one set in eval.sets")

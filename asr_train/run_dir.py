@@ -166,10 +166,15 @@ def locked_message(run: RunDir, error: LockHeldError) -> str:
 
 
 def read_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl, for each step (and set) the last attempt that ran it; event lines are left out."""
+    """The lines of metrics.jsonl, for each step (and set) the last attempt that ran it; event lines are left out.
+
+    What an attempt did beyond the checkpoint that the next one started from is no part of the run.
+    """
     last: dict[tuple[int, str], dict[str, Any]] = {}
     for line in read_jsonl(run.metrics):
-        if "event" not in line:
+        if line.get("event") in ("started", "restored"):
+            last = {key: kept for key, kept in last.items() if key[0] <= line["step"]}
+        elif "event" not in line:
             last[line["step"], line.get("set", "")] = line
     yield from sorted(last.values(), key=lambda line: (line["step"], line.get("set", "")))
 

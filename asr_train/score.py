@@ -317,11 +317,28 @@ def _merge(out: Path, world_size: int) -> None:
         leftover.unlink()
 
 
+def check_metrics(names: Sequence[str], *, trust_remote_code: bool) -> None:
+    """Load further metrics once, before a training that will need them.
+
+    Raises:
+        RecipeError: one cannot be loaded.
+    """
+    for name in names if trust_remote_code else ():
+        try:
+            _load_metric(name)
+        except Exception as error:  # a metric is somebody's program: anything can come out of it
+            raise RecipeError(f"eval.metrics: {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _load_metric(name: str) -> evaluate.EvaluationModule:
+    shipped = METRIC_MODULES / name
+    return evaluate.load(str(shipped) if shipped.is_dir() else name)
+
+
 def _compute_metric(name: str, rows: Path) -> dict[str, float]:
     """One `evaluate` metric over the rows of a file: name -> value of every number that it gives."""
-    shipped = METRIC_MODULES / name
     try:
-        metric = evaluate.load(str(shipped) if shipped.is_dir() else name)
+        metric = _load_metric(name)
         for row in read_jsonl(rows):
             metric.add(prediction=row["hypothesis"], reference=row["reference"])
         found = metric.compute()

@@ -3,8 +3,17 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-# Metrics of which more is better; of all others (wer, cer, loss) less is.
-HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "bleu"})
+# Direction of the metrics that `evaluate` and its users have for recognised text; of others the recipe must say it.
+_LOWER_IS_BETTER = ("wer", "cer", "wer_raw", "cer_raw", "mer", "wil", "ter", "per", "loss", "perplexity")
+_HIGHER_IS_BETTER = (
+    "wip", "accuracy", "word_accuracy", "exact_match", "f1", "precision", "recall", "bleu", "sacrebleu", "google_bleu",
+    "chrf", "meteor", "rouge1", "rouge2", "rougeL", "rougeLsum",
+)  # fmt: skip
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """Whether more of a metric, by its name without the set's, is better; None where that is not known."""
+    return metric in _HIGHER_IS_BETTER if metric in (*_LOWER_IS_BETTER, *_HIGHER_IS_BETTER) else None
 
 
 @dataclass(kw_only=True)
@@ -31,10 +40,9 @@ class TrainState:
         """(epoch, step in the epoch) of the next step."""
         return divmod(self.step, steps_per_epoch)
 
-    def take_evaluation(self, metric: str, value: float) -> bool:
+    def take_evaluation(self, metric: str, value: float, *, higher_is_better: bool) -> bool:
         """Note an evaluation at the current step; True when it is the best so far."""
-        self.last_evaluated_step = self.step
-        sign = -1 if metric.partition("/")[2] in HIGHER_IS_BETTER else 1
+        sign = -1 if higher_is_better else 1
         if metric == self.best_metric and self.best_value is not None and sign * value >= sign * self.best_value:
             self.num_evaluations_since_best += 1
             return False

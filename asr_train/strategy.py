@@ -177,13 +177,13 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
     return accelerator
 
 
-def prepare(
-    accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, max_norm: float | None
-) -> Parallel:
+def prepare(accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Parallel:
     """Wrap model and optimizer for the strategy, with gradients summed over ranks."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _prepare_deepspeed(accelerator, model, optimizer, max_norm)
+        return _prepare_deepspeed(accelerator, model, optimizer, recipe)
     if accelerator.distributed_type == DistributedType.FSDP:
+        # by itself accelerate would sum gradients in bf16 and cast the waveform: another numerics than DDP's autocast
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(model._layers()[0]).__name__]
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, DistributedDataParallel):
@@ -202,9 +202,20 @@ def prepare(
 
 
 def _prepare_deepspeed(
-    accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, max_norm: float | None
+    accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> DeepSpeedParallel:
-    """DeepSpeed's engine; precision and clipping come from the recipe, and its own step is the only boundary."""
+    """DeepSpeed's engine; precision and clipping come from the recipe, and its own step is the only boundary.
+
+    Raises:
+        RecipeError: what DeepSpeed would do wrongly.
+    """
+    stage = accelerator.state.deepspeed_plugin.zero_stage
+    if recipe.precision == "fp16":  # 0.19.8 clips gradients before it takes the loss scale out, and never lowers it
+        raise RecipeError("precision: 'fp16': DeepSpeed clips scaled gradients; use bf16, or the config ddp or fsdp2")
+    if stage == 3 and recipe.model.freeze_transformer_steps:
+        raise RecipeError("model.freeze_transformer_steps: not with ZeRO-3; use the config zero2, ddp or fsdp2")
+    if stage not in (1, 2, 3):
+        raise RecipeError(f"the accelerate config asks for ZeRO stage {stage}: use 1, 2 or 3, or the config ddp")
     precision = accelerator.mixed_precision
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config.update(
@@ -212,13 +223,13 @@ def _prepare_deepspeed(
             "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its own throughput figures
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
-            "gradient_clipping": max_norm or 0.0,
+            "gradient_clipping": recipe.optim.max_grad_norm or 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": False},
             "fp16": {"enabled": False},
             # the `bf16` block would convert the weights; autocast keeps them in fp32, as everywhere else
-            "torch_autocast": {"enabled": precision != "no", "dtype": "float16" if precision == "fp16" else "bfloat16"},
+            "torch_autocast": {"enabled": precision != "no", "dtype": "bfloat16"},
             "steps_per_print": 1_000_000_000,
         }
     )
@@ -250,6 +261,8 @@ def _check_accelerator(accelerator: Accelerator) -> None:
         )
     if accelerator.num_processes > 1 and accelerator.distributed_type == DistributedType.NO:
         raise TrainingError("accelerate sees several processes and no strategy, which would train each by itself")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RecipeError("the accelerate config asks for FSDP 1, which averages gradients: add fsdp_version: 2 to it")
     asked = {
         "ACCELERATE_USE_FSDP": DistributedType.FSDP,
         "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,

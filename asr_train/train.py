@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,15 +19,16 @@ from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan, PlanSettings, check_world_size
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, run_main
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, run_main, say
 from asr_train.estimate import quadratic_share
 from asr_train.lock import LockHeldError
 from asr_train.loop import Job, fit
 from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
 from asr_train.optim import build_optimizer, create_optimizer_state
-from asr_train.prepare import is_prepared, prepare
+from asr_train.prepare import prepare, wait_for_corpus
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
 from asr_train.run_dir import RunDir, locked_message
+from asr_train.score import check_metrics
 from asr_train.state import TrainState
 from asr_train.stop import StopFlag, follow_launcher
 from asr_train.strategy import Parallel
@@ -62,47 +62,50 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
             except LockHeldError as error:
                 raise RunError(locked_message(run, error)) from None
             run.claim(recipe, allow_change=allow_change)
-        if run.done.exists():
+        if run.done.exists() and not allow_change:  # with a change, only rank 0 knows whether the run is still done
             if rank == 0:
-                print(f"{run.path} is done already; evaluate, export or transcribe with it", file=sys.stderr)
+                say(f"{run.path} is done already; evaluate, export or transcribe with it")
             return EXIT_DONE
-        attempt = run.start_attempt({"world_size": int(os.environ.get("WORLD_SIZE", "1"))}) if rank == 0 else None
+        # the attempt's number; other ranks learn it from rank 0, and write nothing before, for it might be another's
+        attempt = [run.start_attempt({"world_size": int(os.environ.get("WORLD_SIZE", "1"))})] if rank == 0 else []
         try:
             status, step = _attempt(recipe, run, attempt, stop)
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
             code = error.exit_code if isinstance(error, WavefleetError) else EXIT_FAILED
             outcome = {"status": "failed", "exit_code": code, "message": f"{type(error).__name__}: {error}"}
             with contextlib.suppress(OSError):  # a full disk may be the very reason; that one is to be said
-                run.write_outcome(attempt or run.newest_attempt(), rank, outcome)
+                for number in attempt:
+                    run.write_outcome(number, rank, outcome)
             raise
         code = EXIT_DONE if status == "done" else EXIT_STOPPED
         message = f"stopped by {stop.signal_name}" if stop.is_set else status
         outcome = {"status": status, "exit_code": code, "step": step, "message": message}
-        run.write_outcome(attempt or run.newest_attempt(), rank, outcome)
+        run.write_outcome(attempt[0], rank, outcome)
     return EXIT_DONE
 
 
-def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -> tuple[str, int]:
+def _attempt(recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag) -> tuple[str, int]:
     """One life of the run; how it ended, `done` or `stopped`, and at which step."""
+    is_main = bool(attempt)
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if is_main:
-            print(text, file=sys.stderr)
+            say(text)
 
     # 1. Data: prepared by one process, while the others wait on a file, not in a collective.
-    is_main = attempt is not None
     strategy.check_environment(recipe)
     check_world_size(recipe.units_per_step, int(os.environ.get("WORLD_SIZE", "1")), recipe.allow_idle_ranks)
-    corpus = _prepared_corpus(recipe, is_main=is_main)
-
-    stop.install()  # until here a signal just ends the program: preparing goes on where it was
+    corpus = prepare(recipe) if is_main else wait_for_corpus(recipe)
+    check_metrics(recipe.eval.metrics, trust_remote_code=recipe.trust_remote_code)
 
     # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces.
-    model = build_model(recipe, corpus.vocabulary, say=say)
+    model = build_model(recipe, corpus.vocabulary, say=tell)
     difference = padding_difference(model)
     is_sensitive = difference > PADDING_SENSITIVE_OVER
     if is_sensitive:
-        say(
+        tell(
             f"padding changes this model's outputs by {difference:.1e}: evaluated in batches of equal length,"
             " trained with units of one rounded length"
         )
@@ -111,16 +114,16 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
 
     # 3. Processes, plan, optimizer.
     accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
-    attempt = _from_rank_0(attempt)
+    attempt[:] = _from_rank_0(attempt)
     is_frozen = recipe.model.freeze_feature_encoder
     quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
     plan = _make_plan(recipe, corpus, quadratic)
-    parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe.optim.max_grad_norm)
+    parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe)
     create_optimizer_state(parallel.optimizer)
     job = Job(
         recipe=recipe,
         run=run,
-        attempt=attempt,
+        attempt=attempt[0],
         corpus=corpus,
         plan=plan,
         parallel=parallel,
@@ -129,18 +132,23 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
         equal_lengths=is_sensitive,
         facts={
             "device": _device_name(parallel),
-            "recipe_hash": recipe_hash(recipe), "corpus_hash": corpus.hash, "plan_hash": plan.hash, "attempt": attempt,
+            "recipe_hash": recipe_hash(recipe),
+            "corpus_hash": corpus.hash,
+            "plan_hash": plan.hash,
+            "attempt": attempt[0],
         },
-    )  # fmt: skip
+    )
 
     # 4. Where weights come from: pretrained or random ones (above), unless the run has a checkpoint.
     state = TrainState()
     newest = checkpoint.newest(run.checkpoints)
     if newest is not None:
         state = checkpoint.restore(newest, parallel, job.facts)
-        say(f"resumed from {newest.path.name}")
+        for name in checkpoint.passed_over(run.checkpoints):
+            tell(f"{name} is not whole; passed over")
+        tell(f"resumed from {newest.path.name}")
         if newest.manifest["device"] != job.facts["device"]:
-            say(
+            tell(
                 f"{newest.path.name} was written on {newest.manifest['device']}, this is {job.facts['device']}:"
                 " losses will differ a little, as arithmetic does"
             )
@@ -150,7 +158,8 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: int | None, stop: StopFlag) -
     # a resumed curve goes on where the checkpoint was: later points of the attempt before are no part of the run
     accelerator.init_trackers(recipe.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
 
-    # 5. Train.
+    # 5. Train; until here a signal just ends the program, for there is nothing to save.
+    stop.install()
     try:
         return fit(job, state, stop), state.step
     finally:
@@ -179,15 +188,6 @@ def _device_name(parallel: Parallel) -> str:
     return torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "cpu"
 
 
-def _prepared_corpus(recipe: Recipe, *, is_main: bool) -> Corpus:
-    """The corpus of a recipe; rank 0 prepares it if need be, the others look every second whether it is there."""
-    if is_main:
-        return prepare(recipe)
-    while (path := is_prepared(recipe)) is None:
-        time.sleep(1.0)
-    return Corpus.open(path)
-
-
 def _make_plan(recipe: Recipe, corpus: Corpus, quadratic: float) -> Plan:
     settings = PlanSettings(
         unit_audio_s=recipe.unit_audio_s,
@@ -200,12 +200,11 @@ def _make_plan(recipe: Recipe, corpus: Corpus, quadratic: float) -> Plan:
     return Plan(corpus.train.index, settings, recipe.seed)
 
 
-def _from_rank_0(value: int | None) -> int:
+def _from_rank_0(value: list[int]) -> list[int]:
     """Rank 0's value, on every rank."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
-    assert values[0] is not None
     return values[0]
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import psutil
 
+from asr_train.errors import say
+
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
 _REPEAT_S = 1.0  # one Ctrl-C may arrive twice; a second press comes later than this
@@ -45,12 +47,13 @@ class _Signals:
         if self.first is None:
             self.first = number
             if number == signal.SIGINT:
-                print("stopping; press Ctrl-C again to end at once, without saving", file=sys.stderr, flush=True)
+                say("stopping; press Ctrl-C again to end at once, without saving")
         self.pending.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.take) for number in _FORWARDED}
+        heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's, say
+        before = {number: signal.signal(number, self.take) for number in heard}
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ import yaml
 from asr_train import lock, resources
 from asr_train.config import Recipe
 from asr_train.data.plan import check_world_size
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, RunError
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, RunError, say
 from asr_train.files import read_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     placement = place(recipe, accelerate=options.accelerate, processes=options.processes)
     run = RunDir(run_directory(recipe))
     _claim(run, recipe, allow_change=options.allow_change)
-    print(f"{run.path}: {placement}", flush=True)
+    say(f"{run.path}: {placement}")
 
     attempts_before = _attempts(run)
     switches = [flag for flag, given in (("--allow-change", options.allow_change), ("--debug", options.debug)) if given]
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
     code, message = verdict(_new_outcomes(run, attempts_before), placement.num_processes, ended)
     if message:
-        print(message, file=sys.stderr)
+        say(message)
     return code
 
 
@@ -158,7 +158,7 @@ def _new_outcomes(run: RunDir, attempts_before: set[str]) -> dict[int, dict[str,
 def _usable_gpus() -> int:
     gpus = devices.num_gpus()
     if gpus and devices.torch_is_cpu_build():
-        print(f"this torch is a CPU build and cannot use the {gpus} GPU(s) of this machine", file=sys.stderr)
+        say(f"this torch is a CPU build and cannot use the {gpus} GPU(s) of this machine")
         return 0
     return gpus
 

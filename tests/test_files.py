@@ -26,6 +26,12 @@ def test_a_torn_line_costs_only_itself(tmp_path):
     assert list(read_jsonl(tmp_path / "none.jsonl")) == []
 
 
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    append_jsonl(path, {"loss": float("nan"), "norms": [float("inf"), 1.5]})
+    assert path.read_text() == '{"loss": null, "norms": [null, 1.5]}\n'
+
+
 def _append(path, writer):
     for number in range(200):
         append_jsonl(path, {"writer": writer, "number": number, "filler": "x" * 300})

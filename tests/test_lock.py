@@ -54,7 +54,13 @@ def test_a_holder_on_another_host_lives_by_its_heartbeat(tmp_path, monkeypatch):
 
 def test_many_that_try_to_take_over_a_dead_lock_end_with_one_holder(tmp_path):
     path = tmp_path / "lock.json"
-    dead = {"host": os.uname().nodename, "pid": 999999, "process_start": 0, "token": "x"}
+    dead = {
+        "host": os.uname().nodename,
+        "pid": 999999,
+        "process_start": 0,
+        "pid_space": lock_module._pid_space(),
+        "token": "x",
+    }
     path.write_text(json.dumps(dead))
     code = (
         "import sys, time; from pathlib import Path; from asr_train.lock import HeartbeatLock, LockHeldError\n"

@@ -4,7 +4,7 @@ from asr_train.errors import RunError
 from asr_train.files import append_jsonl
 from asr_train.recipe import decode_recipe, run_directory
 from asr_train.run_dir import RunDir, environment, outcomes, read_metrics
-from asr_train.state import TrainState, due
+from asr_train.state import TrainState, due, higher_is_better
 
 
 def make_recipe(**changes):
@@ -56,6 +56,8 @@ def test_readers_take_for_each_step_the_last_attempt_that_ran_it(tmp_path):
     append_jsonl(run.metrics, {"attempt": 2, "step": 5, "set": "dev", "wer": 0.5})
     found = [(line["step"], line["attempt"], line.get("set")) for line in read_metrics(run)]
     assert found == [(1, 1, None), (2, 1, None), (3, 2, None), (4, 2, None), (5, 2, None), (5, 2, "dev")]
+    append_jsonl(run.metrics, {"attempt": 3, "event": "restored", "step": 2})  # what came after is no part of the run
+    assert [(line["step"], line["attempt"]) for line in read_metrics(run)] == [(1, 1), (2, 1)]
 
 
 def test_attempts_are_numbered_and_outcomes_are_the_newest_attempts(tmp_path):
@@ -76,17 +78,22 @@ def test_no_environment_variable_is_recorded(monkeypatch):
 def test_better_is_lower_for_wer_and_higher_for_accuracy():
     state = TrainState()
     state.step = 1
-    assert state.take_evaluation("dev/wer", 0.5)
+    assert state.take_evaluation("dev/wer", 0.5, higher_is_better=False)
     state.step = 2
-    assert not state.take_evaluation("dev/wer", 0.6)
+    assert not state.take_evaluation("dev/wer", 0.6, higher_is_better=False)
     assert state.num_evaluations_since_best == 1
     state.step = 3
-    assert state.take_evaluation("dev/wer", 0.4)
+    assert state.take_evaluation("dev/wer", 0.4, higher_is_better=False)
     assert (state.best_step, state.num_evaluations_since_best) == (3, 0)
     state = TrainState()
-    assert state.take_evaluation("dev/accuracy", 0.5)
-    assert state.take_evaluation("dev/accuracy", 0.6)
-    assert not state.take_evaluation("dev/accuracy", 0.5)
+    assert state.take_evaluation("dev/accuracy", 0.5, higher_is_better=True)
+    assert state.take_evaluation("dev/accuracy", 0.6, higher_is_better=True)
+    assert not state.take_evaluation("dev/accuracy", 0.5, higher_is_better=True)
+    assert (higher_is_better("wer"), higher_is_better("exact_match"), higher_is_better("my_score")) == (
+        False,
+        True,
+        None,
+    )
 
 
 def test_state_survives_json():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 
-from asr_train import checkpoint
+from asr_train import checkpoint, loop
 from asr_train.errors import CheckpointError, RecipeError, RunError, TrainingError
 from asr_train.files import read_json, read_jsonl
 from asr_train.recipe import dump_recipe
@@ -403,23 +403,113 @@ def test_another_kind_of_device_on_resume_is_said(recipe, capfd):
     assert "was written on NVIDIA H200, this is cpu" in capfd.readouterr().err
 
 
-def test_best_by_a_metric_that_is_not_scored_is_refused_with_what_is(recipe):
+def test_best_by_a_metric_that_cannot_be_scored_is_refused_before_anything_starts(recipe):
+    with pytest.raises(RecipeError, match=r"eval\.best: 'dev/werr': expected SET/METRIC with a metric of: wer, cer"):
+        recipe("x", eval__best="dev/werr")
+    with pytest.raises(RecipeError, match=r"eval\.best: 'test/wer': expected SET/METRIC with a set of: dev"):
+        recipe("x", eval__best="test/wer")
+    extra = {"trust_remote_code": True, "eval__metrics": ["mine"], "eval__best": "dev/my_score"}
+    with pytest.raises(RecipeError, match=r"eval\.higher_is_better: missing"):
+        recipe("x", **extra)
+    assert recipe("x", eval__higher_is_better=True, **extra).eval.best == "dev/my_score"
+
+
+def test_a_metric_that_cannot_be_loaded_is_refused_before_a_step_is_paid_for(recipe, tmp_path):
+    metric = tmp_path / "broken.py"
+    metric.write_text("import datasets\nraise ValueError('broken')\n")
+    broken = recipe("x", trust_remote_code=True, eval__metrics=[str(metric)])
+
     def refused():
-        with pytest.raises(RecipeError, match=r"eval\.best: 'dev/werr': dev was scored by: wer, cer"):
-            train(recipe("x", max_steps=1, eval__best="dev/werr"))
+        with pytest.raises(RecipeError, match=r"eval\.metrics: .*broken"):
+            train(broken)
 
     run_ranks(1, refused)
+    assert not losses(RunDir(Path(broken.run_dir)))
 
 
-def test_extra_metrics_can_be_added_and_pick_the_best(recipe, tmp_path):
+def test_extra_metrics_pick_the_best_in_their_own_direction(recipe, tmp_path):
     metric = tmp_path / "word_accuracy.py"
     metric.write_text(EXTRA_METRIC)
-    run = run_on(1, recipe("extra", max_steps=1, trust_remote_code=True, eval__metrics=[str(metric)]))
-    line = next(line for line in read_metrics(run) if "set" in line)
-    assert line["word_accuracy"] == 0.25
+    changes = {"trust_remote_code": True, "eval__metrics": [str(metric)], "eval__best": "dev/word_accuracy"}
+    run = run_on(1, recipe("extra", max_steps=4, eval__every="2", **changes))
+    assert [line["word_accuracy"] for line in read_metrics(run) if "set" in line] == [0.25, 0.75]
+    assert read_json(run.done)["best_step"] == 4
+
+
+def test_a_signal_to_the_whole_process_group_stops_a_run_with_data_workers(recipe):
+    """Launchers stop a worker by its process group; the data workers in it must not take the training down."""
+    slow = recipe("slow", max_steps=400, num_workers=2)
+
+    def in_own_group():
+        os.setsid()
+        return train(slow)
+
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            code = in_own_group()
+        finally:
+            os._exit(code)
+    wait_for_step(slow, 5)
+    os.killpg(pid, signal.SIGTERM)
+    os.killpg(pid, signal.SIGTERM)  # and once more, as torchrun does
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    run = RunDir(Path(slow.run_dir))
+    assert outcomes(run)[0]["status"] == "stopped"
+    assert checkpoint.newest(run.checkpoints).step == outcomes(run)[0]["step"]
+    with pytest.raises(ProcessLookupError):  # no data worker is left behind
+        os.killpg(pid, 0)
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(recipe):
+    whole = run_on(1, recipe("whole", max_steps=6, eval__every="3"))
+    stopped = recipe("stopped", max_steps=6, eval__every="3")
+
+    def stopping():
+        loop._forward = stop_in_forward(3)
+        return train(stopped)
+
+    assert run_ranks(1, stopping) == [0]
+    run = RunDir(Path(stopped.run_dir))
+    assert checkpoint.newest(run.checkpoints).step == 3
+    assert not [line for line in read_metrics(run) if "set" in line]
+    run_on(1, stopped)
+    scores = [[(line["step"], line["wer"]) for line in read_metrics(found) if "set" in line] for found in (whole, run)]
+    assert scores[0] == scores[1]
+    assert [step for step, _ in scores[0]] == [3, 6]
+    assert read_json(run.done)["best_step"] == read_json(whole.done)["best_step"]
+
+
+def stop_in_forward(step):
+    """The loop's forward, with a stop signal to this process in the unit that ends `step` updates."""
+    forward = loop._forward
+    turns = []
+
+    def signalling(job, turn, *rest):
+        turns.append(turn)
+        if turn.is_last and sum(found.is_last for found in turns) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(job, turn, *rest)
+
+    return signalling
+
+
+def test_a_torn_last_checkpoint_is_written_anew_and_said(recipe, capfd):
+    run = run_on(1, recipe("torn", max_steps=6, checkpoint__every="2", checkpoint__keep_last=9))
+    shard = next((checkpoint.checkpoint_path(run.checkpoints, 6) / "shards").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    run.done.unlink()
+    assert run_ranks(1, train, run.recipe()) == [0]
+    assert "step-0000000006 is not whole; passed over" in capfd.readouterr().err
+    assert checkpoint.newest(run.checkpoints).step == 6
 
 
 EXTRA_METRIC = """
+import os
 import datasets
 import evaluate
 
@@ -430,5 +520,7 @@ class WordAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references):
         assert len(predictions) == len(references) > 0
-        return {"word_accuracy": 0.25}
+        is_first = "SECOND_CALL" not in os.environ
+        os.environ["SECOND_CALL"] = "yes"
+        return {"word_accuracy": 0.25 if is_first else 0.75}
 """

@@ -2,8 +2,9 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from asr_train.data.batch import Batch, BatchSettings, make_batch
 from asr_train.data.corpus import CorpusSet
 from asr_train.data.plan import Plan, Unit, unit_seed, units_of_rank
+from asr_train.stop import SIGNALS
 
 
 class Turn(NamedTuple):
@@ -64,25 +66,34 @@ class TurnBatches(Dataset[tuple[Turn, Batch]]):
         return turn, make_batch(self.corpus_set, unit, self.settings, seed)
 
 
-def make_loader(
+@contextmanager
+def open_loader(
     batches: TurnBatches, turns: RankTurns, *, num_workers: int, pin_memory: bool
-) -> DataLoader[tuple[Turn, Batch]]:
-    """The endless loader of one rank's (turn, batch), in order; 0 workers build batches in this process."""
-    return DataLoader(
-        batches,
-        sampler=turns,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_start_worker,
+) -> Iterator[Iterator[tuple[Turn, Batch]]]:
+    """One rank's (turn, batch), in order, without end; 0 workers build batches in this process."""
+    found = iter(
+        DataLoader(
+            batches,
+            sampler=turns,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_start_worker,
+        )
     )
+    try:
+        yield found
+    finally:  # now, not at exit, where Python would send the workers a signal that they ignore, and wait for them
+        if num_workers:
+            cast(Any, found)._shutdown_workers()
 
 
 def _start_worker(worker: int) -> None:
-    """A stop is the loop's business: a worker outlives Ctrl-C and dies by its parent, or by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A stop is the loop's business: a worker ignores its signals, which launchers send to whole process groups.
+
+    It ends with its parent: told by `open_loader`, or, when the parent was killed, within seconds by itself.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
