@@ -33,11 +33,13 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "relative": ("wife", "husband", "son", "daughter", "mother", "father", "partner", "brother", "sister"),
     "payee": ("my {relative}", "my landlord", "the garage", "my lawyer", "the school", "the builder"),
     "country": ("france", "spain", "italy", "germany", "canada", "japan", "india", "america", "australia"),
-    "city": ("london", "paris", "boston", "chicago", "dublin", "glasgow", "york", "madrid"),
+    "city": ("london", "paris", "boston", "chicago"),
+    "town": ("dublin", "glasgow", "york", "madrid"),
+    "anywhere": ("{city}", "{town}"),
     "street": ("station", "church", "market", "park", "mill", "king", "river", "garden"),
     # numbers
     "digit": ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    "tens": ("twenty", "thirty", "forty", "fifty", "sixty", "eighty", "ninety"),
+    "tens": ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
     "currency": ("pounds", "dollars", "euros"),
     "amount": ("{tens} {currency}", "{digit} hundred {currency}", "{tens} {digit} {currency}"),
     "fortune": ("{digit} thousand {currency}", "{tens} thousand {currency}", "{digit} hundred thousand {currency}"),
@@ -61,9 +63,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     ),
     "address": (
         "{hello} {want} change my address {soon}",
-        "i moved from {city} to {city} {past}",
-        "{ask} change the address of my {account} to {city}",
-        "{ask} send my {card} to my new address in {city}",
+        "i moved from {city} to {town} {past}",
+        "{ask} change the address of my {account} to {anywhere}",
+        "{ask} send my {card} to my new address in {anywhere}",
         "my new address is {tens} {digit} {street} street in {city}",
     ),
     "app_error": (
@@ -104,7 +106,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "{want} pay {amount} in cash into my {account} {soon}",
         "where can i pay cash into my {account} {now}",
         "i paid {amount} in cash into my {account} {past}",
-        "why is the cash from {city} not in my {account}",
+        "why is the cash from {anywhere} not in my {account}",
         "{ask} tell me how long a cash payment of {amount} takes",
     ),
     "direct_debit": (
