@@ -62,12 +62,14 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
             except LockHeldError as error:
                 raise RunError(locked_message(run, error)) from None
             run.claim(recipe, allow_change=allow_change)
-        if run.done.exists() and not allow_change:  # with a change, only rank 0 knows whether the run is still done
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        # where the recipe may have changed, only rank 0 knows whether the run is still done: then all go on to its end
+        if run.done.exists() and not (allow_change and world_size > 1):
             if rank == 0:
                 say(f"{run.path} is done already; evaluate, export or transcribe with it")
             return EXIT_DONE
         # the attempt's number; other ranks learn it from rank 0, and write nothing before, for it might be another's
-        attempt = [run.start_attempt({"world_size": int(os.environ.get("WORLD_SIZE", "1"))})] if rank == 0 else []
+        attempt = [run.start_attempt({"world_size": world_size})] if rank == 0 else []
         try:
             status, step = _attempt(recipe, run, attempt, stop)
         except KeyboardInterrupt:
