@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from transformers import AutoModelForCTC, AutoProcessor
 
 from asr_train.errors import EXIT_DONE, ModelError, RunError, WavefleetError, run_main
@@ -51,7 +52,7 @@ def export(
         RunError: no run directory, or `out` holds something else.
         CheckpointError: no such checkpoint.
         ModelError: what was written does not load to the same model.
-        WavefleetError: the hub refused; the local folder is complete.
+        WavefleetError: it could not be written; or the hub refused, the local folder is complete.
     """
     final = (run_dir / "export" if out is None else out).absolute()
     if final.exists() and not (final / _RECORD).exists() and (not final.is_dir() or any(final.iterdir())):
@@ -62,6 +63,8 @@ def export(
         _write(trained, aside)
         check_export(trained, aside)
         _replace(aside, final)
+    except SafetensorError as error:  # of a full disk; no OSError
+        raise WavefleetError(f"{final} could not be written: {error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Exported(final, trained.checkpoint.step, None if push_to_hub is None else push(final, push_to_hub))
