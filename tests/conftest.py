@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
@@ -78,6 +79,12 @@ def merged(values, changes):
         else:
             result[head] = value
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from threads, and tests share the machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,6 @@ from asr_train.prepare import prepare
 from asr_train.score import add_metrics, evaluate_set, evaluation_units
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def hard_recipe(tiny_recipe, tmp_path_factory):
     """A recipe whose set `hard` has every kind of row: of 2 ms to 4 s, unalignable, outside the vocabulary, refused."""

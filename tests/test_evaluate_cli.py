@@ -6,7 +6,6 @@ import json
 
 import pytest
 import soundfile
-import torch
 from conftest import RATE, speech, write_jsonl
 from ranks import run_ranks
 
@@ -18,14 +17,6 @@ from asr_train.export import export
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir
 from asr_train.train import train
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

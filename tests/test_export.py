@@ -25,14 +25,6 @@ from asr_train.train import train
 from asr_train.trained import load_trained
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def run(tiny_recipe, tmp_path_factory):
     """A finished run of 6 steps, evaluated and saved at every second."""

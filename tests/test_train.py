@@ -165,15 +165,16 @@ def test_accelerate_launch_makes_the_same_run_too(recipe, tmp_path):
     assert {rank: found["status"] for rank, found in outcomes(run).items()} == {0: "done", 1: "done"}
 
 
-def start(recipe):
-    """Train in a forked process; its pid."""
+def start(recipe, own_group=False):
+    """Train in a forked process, in a process group of its own if asked; its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            torch.set_num_threads(1)
+            if own_group:
+                os.setsid()
             code = train(recipe)
         finally:
             os._exit(code)
@@ -440,19 +441,7 @@ def test_a_signal_to_the_whole_process_group_stops_a_run_with_data_workers(recip
     """Launchers stop a worker by its process group; the data workers in it must not take the training down."""
     slow = recipe("slow", max_steps=400, num_workers=2)
 
-    def in_own_group():
-        os.setsid()
-        return train(slow)
-
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            code = in_own_group()
-        finally:
-            os._exit(code)
+    pid = start(slow, own_group=True)
     wait_for_step(slow, 5)
     os.killpg(pid, signal.SIGTERM)
     os.killpg(pid, signal.SIGTERM)  # and once more, as torchrun does

@@ -27,14 +27,6 @@ SPOKEN = Vocabulary(("[PAD]", "[UNK]", "|", *LETTERS))
 LETTER_SAMPLES, GAP_SAMPLES, SPACE_SAMPLES, EDGE_SAMPLES = 1280, 480, 1600, 1600
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def speak(text, generator):
     """A tone a letter, with silence between, a longer one after each word: float32 waveform, label of each sample."""
     pieces = [silence(EDGE_SAMPLES + int(generator.integers(0, 4 * EDGE_SAMPLES)))]
