@@ -10,6 +10,8 @@ from asr_train.errors import EXIT_DONE, run_main
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, read_metrics
 from launch.child import run_child
+from launch.devices import num_cores
+from launch.local import usable_gpus
 
 _SETS = {
     "heldout_sentences": "by the voices of the training set; expected: at most 10 %",
@@ -24,9 +26,10 @@ def main(argv: Sequence[str]) -> int:
     where = Path(os.path.relpath(run.path))
     samples = where / "samples"
     sets = list(recipe.eval.sets)
+    processes = min(recipe.units_per_step, usable_gpus() or num_cores())
     commands = [
         ["wavefleet", "prepare", "demo", *argv],
-        ["wavefleet", "train", "demo", *argv],
+        ["wavefleet", "train", "demo", "--processes", str(processes), *argv],
         ["wavefleet", "evaluate", str(where)],
         ["wavefleet", "export", str(where)],
         *(["python", "-m", "asr_train.samples", "demo", *argv, "--set", name, "--count", "3", "--out", str(samples)]

@@ -83,7 +83,7 @@ def place(recipe: Recipe, *, accelerate: str | None, processes: int | None) -> P
     Raises:
         RecipeError: no such config, one for other hardware, or more processes than GPUs or units.
     """
-    gpus = _usable_gpus()
+    gpus = usable_gpus()
     name = accelerate or ("cpu" if gpus == 0 else "one_gpu" if (processes or gpus) == 1 else "ddp")
     try:
         config = resources.find("accelerate_configs", name).absolute()
@@ -155,7 +155,8 @@ def _new_outcomes(run: RunDir, attempts_before: set[str]) -> dict[int, dict[str,
     return {int(path.stem.removeprefix("rank-")): read_json(path) for path in files}
 
 
-def _usable_gpus() -> int:
+def usable_gpus() -> int:
+    """GPUs that this torch can use; says so where there are others."""
     gpus = devices.num_gpus()
     if gpus and devices.torch_is_cpu_build():
         say(f"this torch is a CPU build and cannot use the {gpus} GPU(s) of this machine")
