@@ -153,6 +153,9 @@ class ModelSettings(_Strict):
 
     pretrained: str | None = setting("folder or hub name of pretrained weights; null starts from random ones", None)
     revision: str | None = setting("a branch, tag or commit of the pretrained model", None)
+    init_from: str | None = setting(
+        "run, checkpoint or exported folder whose weights training starts from, over the pretrained ones", None
+    )
     architecture: str = setting("transformers model type for random weights: wav2vec2, hubert, wavlm, ...", "wav2vec2")
     config: dict[str, Any] = setting("fields of the transformers config to set, hidden_dropout say", {})
     layerdrop: Share | None = setting("chance that a transformer layer is skipped; null is the model's own", None)
@@ -221,7 +224,19 @@ class CheckpointSettings(_Strict):
     every: Cadence | None = setting("steps between checkpoints, or `1 epoch`; null saves at the end only", None,
                                     defines_run=False)  # fmt: skip
     keep_last: Count = setting("newest checkpoints kept", 2, defines_run=False)
-    save_best: bool = setting("save at every best evaluation, and keep that checkpoint", True, defines_run=False)
+    keep_best: CountOrZero = setting("checkpoints with the best evaluations kept", 1, defines_run=False)
+    keep_every: Count | None = setting("checkpoints kept for good: those whose step it divides", None,
+                                       defines_run=False)  # fmt: skip
+    save_best: bool = setting("save at every best evaluation too", True, defines_run=False)
+    asynchronous: bool = setting("write in the background; training waits for a copy in memory only", True,
+                                 defines_run=False)  # fmt: skip
+    hash: Literal["xxh3_128", "sha256"] = setting("how files are verified; sha256 is ten times slower", "xxh3_128",
+                                                  defines_run=False)  # fmt: skip
+    max_failed_saves: Count = setting("failed saves in a row that end the run", 3, defines_run=False)
+    max_failed_attempts: Count = setting(
+        "attempts that failed from one checkpoint, with nothing new saved, before the one before it is taken", 3,
+        defines_run=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +253,8 @@ class LimitSettings(_Strict):
     """Where a run gives up."""
 
     max_skipped_steps: Count = setting("skipped non-finite steps in a row that end the run", 10, defines_run=False)
+    max_time_s: Positive | None = setting("seconds after which an attempt saves and stops; null never does", None,
+                                          defines_run=False)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

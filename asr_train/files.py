@@ -5,10 +5,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Final, Literal, Self
+
+import xxhash
+
+HashName = Literal["xxh3_128", "sha256"]
+_HASHES: Final[dict[HashName, Callable[[], Any]]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+_CHUNK_BYTES = 1 << 20
 
 
 def fsync_dir(path: Path) -> None:
@@ -105,6 +112,73 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 continue
             yield record
+
+
+class HashedFile:
+    """A new file that is hashed while it is written, and is on disk when the block ends well.
+
+    Attributes:
+        size: bytes written.
+    """
+
+    def __init__(self, path: Path, algorithm: HashName) -> None:
+        self.path = path
+        self.size = 0
+        self._hash = _HASHES[algorithm]()
+        self._stream = path.open("xb", buffering=_CHUNK_BYTES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            with suppress(OSError):  # of the write that failed already
+                self._stream.close()
+            return
+        self.close()
+
+    def write(self, data: Any) -> int:
+        """Append bytes."""
+        with _naming(self.path):
+            num_bytes = self._stream.write(data)
+        self._hash.update(data)
+        self.size += num_bytes
+        return num_bytes
+
+    def tell(self) -> int:
+        """Where the next byte goes."""
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing: a file is flushed when it is closed, once."""
+
+    def close(self) -> None:
+        """Flush, then fsync."""
+        if self._stream.closed:
+            return
+        with _naming(self.path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            if hasattr(os, "posix_fadvise"):  # so that who reads it again reads the disk
+                os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._stream.close()
+
+    @property
+    def digest(self) -> str:
+        """Hash of what was written, in hex."""
+        return str(self._hash.hexdigest())
+
+
+def file_hash(path: Path, algorithm: HashName) -> str:
+    """Hash of a file, in hex."""
+    found = _HASHES[algorithm]()
+    with path.open("rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while num_bytes := stream.readinto(buffer):
+            found.update(buffer[:num_bytes])
+    return str(found.hexdigest())
 
 
 def publish_dir(aside: Path, final: Path) -> None:

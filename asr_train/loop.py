@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from asr_train import checkpoint
+from asr_train.checkpoint import Saver
 from asr_train.config import Recipe
 from asr_train.data.batch import Batch, input_values
 from asr_train.data.corpus import Corpus
@@ -32,7 +32,7 @@ from asr_train.recipe import parse_cadence
 from asr_train.run_dir import RunDir
 from asr_train.score import add_metrics, evaluate_set
 from asr_train.state import TrainState, due, higher_is_better
-from asr_train.stop import StopFlag
+from asr_train.stop import Requests, StopFlag
 from asr_train.strategy import Parallel
 
 _MAX_NAMED = 20  # utterances named in a line about a skipped step
@@ -51,12 +51,19 @@ class Job:
     batches: TurnBatches
     max_steps: int
     equal_lengths: bool
-    facts: dict[str, Any]
+    saver: Saver
+    stop: StopFlag
+    requests: Requests | None  # rank 0's
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes."""
         return self.parallel.rank == 0
+
+    def forget(self, kind: str) -> None:
+        """Take a request in control/ away; rank 0 does."""
+        if self.requests is not None:
+            self.requests.forget(kind)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; rank 0 does."""
@@ -64,17 +71,24 @@ class Job:
             self.run.log({"attempt": self.attempt, **line, "time": time.time()})
 
 
-def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
-    """The loop: `done` when all steps are made or no better model came for long, `stopped` when asked to."""
+def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
+    """The loop: `done` when all steps are made or no better model came for long, `stopped` when asked to.
+
+    Args:
+        job: what this attempt works with.
+        state: where the run is.
+        is_saved: this very state is a checkpoint already.
+    """
     recipe, plan, parallel = job.recipe, job.plan, job.parallel
     clock = _Clock()
+    saves = _Saves(job, state, is_saved=is_saved)
     with (
         TrainingProgress(start_step=state.step, max_steps=job.max_steps, is_shown=job.is_main) as progress,
         _loader(job, state) as turns,
     ):
         while True:
             # 1. What is due between two steps; an evaluation that a stop came before is made up for here.
-            if _evaluate_and_save(job, state, progress):
+            if _evaluate_and_save(job, state, saves, progress):
                 clock.restart()
             if _is_over(job, state):
                 break
@@ -91,7 +105,7 @@ def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
                 max_steps=job.max_steps,
                 freeze_transformer_steps=recipe.model.freeze_transformer_steps,
             )
-            totals = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # loss, infinite losses, stop
+            totals = torch.zeros(4, dtype=torch.float64, device=parallel.device)  # loss, infinite losses, stop, save
             done: list[_Done] = []
             while not (done and done[-1].turn.is_last):
                 turn, batch = clock.wait_for(turns)
@@ -100,8 +114,11 @@ def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
                 done.append(_Done(turn, batch.ids, losses))
 
             # 3. Sum over ranks, then update, or skip on all ranks together; one host sync.
-            totals[2] += stop.is_set
-            (loss, num_infinite, num_stops), norm, is_applied = parallel.update(totals, recipe.optim.max_grad_norm)
+            totals[3] += job.requests is not None and job.requests.look(job.stop)
+            totals[2] += job.stop.is_set
+            (loss, num_infinite, num_stops, num_saves), norm, is_applied = parallel.update(
+                totals, recipe.optim.max_grad_norm
+            )
             state.step += 1
             state.num_infinite_losses += int(num_infinite)
 
@@ -110,14 +127,83 @@ def fit(job: Job, state: TrainState, stop: StopFlag) -> str:
             if recipe.log.trained_ids:
                 _write_trained_ids(job, state, epoch, done)
             _count_skip(job, state, done, progress, is_applied=is_applied)
+            saves.report(progress)
             if num_stops:
-                _save(job, state)
+                saves.save(progress, is_last=True)
+                job.forget("stop")
                 progress.say(f"stopped after step {state.step}, checkpoint written; the same command goes on")
-                job.log({"event": "stopped", "step": state.step})
+                job.log({"event": "stopped", "step": state.step, "reason": job.stop.reason})
                 return "stopped"
+            if num_saves:
+                saves.save(progress)
+                job.forget("save")
     if job.is_main:
         job.run.finish(state.to_json())
     return "done"
+
+
+class _Saves:
+    """The checkpoints of an attempt: each state once, failures counted and said."""
+
+    def __init__(self, job: Job, state: TrainState, *, is_saved: bool) -> None:
+        self._job, self._state = job, state
+        self._begun = self._identity() if is_saved else None
+        self._problem, self._problem_step = "", 0
+        state.num_failed_saves_in_a_row = 0  # a new attempt may have a new disk
+
+    def save(self, progress: TrainingProgress, *, is_last: bool = False) -> None:
+        """Begin a checkpoint of the current state, unless it has one; every rank calls this.
+
+        Raises:
+            TrainingError: too many in a row failed, or the last one did.
+        """
+        job, state = self._job, self._state
+        job.saver.wait()  # from here on all ranks know how the one before ended
+        self.report(progress)
+        self._give_up(job.recipe.checkpoint.max_failed_saves)
+        if self._begun == self._identity():
+            return
+        self._begun = self._identity()
+        job.saver.save(state, score=self._score(), wait=is_last)
+        if is_last:
+            self.report(progress)
+            self._give_up(1)
+
+    def report(self, progress: TrainingProgress) -> None:
+        """Say and count how a save ended, as soon as that is known; training goes on."""
+        job, state = self._job, self._state
+        result = job.saver.take_result()
+        if result is None:
+            return
+        line = {"step": result.step, "seconds": result.seconds, "blocked_s": result.blocked_s}
+        if result.problem is None:
+            state.num_failed_saves_in_a_row = 0
+            job.log({"event": "saved", **line})
+            return
+        self._begun = None
+        self._problem, self._problem_step = result.problem, result.step
+        state.num_failed_saves += 1
+        state.num_failed_saves_in_a_row += 1
+        progress.say(f"the checkpoint of step {result.step} failed, those before it are untouched: {result.problem}")
+        job.log({"event": "save_failed", **line, "problem": result.problem})
+
+    def _give_up(self, limit: int) -> None:
+        if self._state.num_failed_saves_in_a_row >= limit:
+            raise TrainingError(
+                f"the checkpoint of step {self._problem_step} could not be written to {self._job.run.checkpoints}:"
+                f" {self._problem}\nThose before it are untouched; make room there, and the same command goes on from"
+                " the newest."
+            )
+
+    def _identity(self) -> tuple[int, int]:
+        return self._state.step, self._state.last_evaluated_step
+
+    def _score(self) -> tuple[str, float, bool] | None:
+        """What was measured at this very step, by the metric that picks the best model."""
+        state = self._state
+        if state.last_evaluated_step != state.step or state.last_metric is None or state.last_value is None:
+            return None
+        return state.last_metric, state.last_value, _more_is_better(self._job.recipe, state.last_metric)
 
 
 class _Done(NamedTuple):
@@ -269,15 +355,16 @@ def _write_trained_ids(job: Job, state: TrainState, epoch: int, done: list[_Done
     append_jsonl(job.run.path / "trained_ids" / f"rank-{job.parallel.rank}.jsonl", line)
 
 
-def _evaluate_and_save(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
+def _evaluate_and_save(job: Job, state: TrainState, saves: _Saves, progress: TrainingProgress) -> bool:
     """Evaluate and save where that is due after the steps made so far and not done yet; whether anything was."""
     recipe, steps_per_epoch = job.recipe, job.plan.steps_per_epoch
     is_due = state.step == job.max_steps or due(parse_cadence(recipe.eval.every), state.step, steps_per_epoch)
     is_evaluated = bool(recipe.eval.sets) and is_due and state.step > state.last_evaluated_step
     is_best = is_evaluated and _evaluate(job, state, progress)
     is_saving = due(parse_cadence(recipe.checkpoint.every), state.step, steps_per_epoch)
-    if is_saving or (is_best and recipe.checkpoint.save_best) or _is_over(job, state):
-        _save(job, state, replace=is_evaluated)
+    is_last = _is_over(job, state)
+    if is_saving or (is_best and recipe.checkpoint.save_best) or is_last:
+        saves.save(progress, is_last=is_last)
         return True
     return is_evaluated
 
@@ -324,8 +411,9 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
 
 
 def _more_is_better(recipe: Recipe, metric: str) -> bool:
-    """Direction of a metric: the recipe's word, else what is known of it."""
-    return bool(higher_is_better(metric)) if recipe.eval.higher_is_better is None else recipe.eval.higher_is_better
+    """Direction of a metric, with or without its set's name: the recipe's word, else what is known of it."""
+    said = recipe.eval.higher_is_better
+    return bool(higher_is_better(metric.rpartition("/")[2])) if said is None else said
 
 
 def _is_over(job: Job, state: TrainState) -> bool:
@@ -333,10 +421,3 @@ def _is_over(job: Job, state: TrainState) -> bool:
     patience = job.recipe.eval.early_stopping
     is_stale = patience is not None and state.num_evaluations_since_best >= patience
     return is_stale or state.step >= job.max_steps
-
-
-def _save(job: Job, state: TrainState, *, replace: bool = False) -> None:
-    """Commit a checkpoint of the current state, then delete what need not be kept."""
-    checkpoint.save(job.run.checkpoints, job.parallel, state, job.facts, replace=replace)
-    if job.is_main:
-        checkpoint.prune(job.run.checkpoints, state, job.recipe.checkpoint.keep_last)

@@ -1,7 +1,7 @@
 """AdamW, its groups of parameters, and learning rates as functions of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -45,19 +45,18 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ad
     )
 
 
-def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+def create_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
     """Give every parameter that has none its Adam state, zero, on the device where the parameter is by now.
 
-    `torch.distributed.checkpoint.state_dict.get_state_dict` runs a step on an optimizer without state, after which
-    counters read 1; so the state is made before, in every run.
+    By itself torch makes it in a parameter's first step, so that a checkpoint before it, or one written while a part
+    is frozen, would lack names that another has.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, as torch's own
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, as torch's own
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def apply_schedule(

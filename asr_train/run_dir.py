@@ -6,7 +6,8 @@ lock.json              who trains here now: host, pid, heartbeat
 attempts/attempt-001.json   one life of the run: versions, git state, host, world size, strategy
 outcome/attempt-001/rank-0.json   how that attempt ended, a file a rank
 metrics.jsonl          training, evaluation and event lines, append-only
-checkpoints/step-0000000100/      complete under that name, or not there
+control/stop, control/save    made by whoever wants the training to stop, or to save and go on
+checkpoints/step-0000000100/      complete under that name, or not there; see `checkpoints`
 evaluations/step-0000000100/SET.jsonl   every hypothesis, worst first
 trained_ids/rank-0.jsonl          which utterances each rank trained on (log.trained_ids)
 trackers/              TensorBoard and others
@@ -21,13 +22,14 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from asr_train.config import Recipe
-from asr_train.errors import RecipeError, RunError
+from asr_train.errors import EXIT_FAILED, RecipeError, RunError
 from asr_train.files import append_jsonl, read_json, read_jsonl, write_json, write_text
 from asr_train.lock import HeartbeatLock, LockHeldError
 from asr_train.recipe import dump_recipe, identity, read_resolved, recipe_hash
@@ -52,9 +54,19 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def control(self) -> Path:
+        """Requests to a live training: a file `stop` or `save` in here."""
+        return self.path / "control"
+
+    @property
     def done(self) -> Path:
         """Exists when the run is finished."""
         return self.path / "done.json"
+
+    @property
+    def run_id(self) -> str:
+        """What distinguishes this run from every other."""
+        return str(read_json(self.path / "run.json")["run_id"])
 
     def recipe(self) -> Recipe:
         """The resolved recipe that this run was started with.
@@ -140,8 +152,44 @@ class RunDir:
         """Number this life of the run, and write what it runs with; for one process, the lock's holder."""
         attempt = self.newest_attempt() + 1
         record = {"attempt": attempt, "started": time.time(), **environment(), **facts}
-        write_json(self.path / "attempts" / f"attempt-{attempt:03d}.json", record)
+        write_json(self._attempt_file(attempt), record)
         return attempt
+
+    def note(self, attempt: int, **facts: Any) -> None:
+        """Add to what is written of an attempt; for the process that started it."""
+        path = self._attempt_file(attempt)
+        write_json(path, {**read_json(path), **facts})
+
+    def failures(self, recipe: Recipe) -> dict[str, int]:
+        """Checkpoint's name -> attempts from it that failed by themselves with nothing new saved.
+
+        An attempt counts when a rank wrote an error that is its own: not one that was ended from outside, by a signal,
+        a time limit or a lost node, nor one that a mistake in the recipe ended, nor those of another recipe.
+        """
+        found: dict[str, int] = {}
+        for number in range(1, self.newest_attempt() + 1):
+            try:
+                record = read_json(self._attempt_file(number))
+            except (OSError, ValueError):
+                continue
+            name = record.get("resumed_from")
+            if name is None or record.get("committed") or record.get("recipe_hash") != recipe_hash(recipe):
+                continue
+            if any(_failed_by_itself(outcome) for outcome in self.outcomes(number).values()):
+                found[name] = found.get(name, 0) + 1
+        return found
+
+    def outcomes(self, attempt: int | None = None) -> dict[int, dict[str, Any]]:
+        """Rank -> how it ended, for the ranks of an attempt that could write it; of the newest one by default."""
+        number = self.newest_attempt() if attempt is None else attempt
+        found = {}
+        for path in sorted((self.path / "outcome" / f"attempt-{number:03d}").glob("rank-*.json")):
+            with suppress(OSError, ValueError):  # torn by a full disk
+                found[int(path.stem.removeprefix("rank-"))] = read_json(path)
+        return found
+
+    def _attempt_file(self, attempt: int) -> Path:
+        return self.path / "attempts" / f"attempt-{attempt:03d}.json"
 
     def write_outcome(self, attempt: int, rank: int, outcome: Mapping[str, Any]) -> None:
         """Write how this rank's part of an attempt ended: status, exit_code, message, step."""
@@ -179,29 +227,30 @@ def read_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
     yield from sorted(last.values(), key=lambda line: (line["step"], line.get("set", "")))
 
 
-def outcomes(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Rank -> outcome of the newest attempt."""
-    folders = sorted((run.path / "outcome").glob("attempt-*"))
-    if not folders:
-        return {}
-    return {int(path.stem.split("-")[1]): read_json(path) for path in sorted(folders[-1].glob("rank-*.json"))}
+def _failed_by_itself(outcome: Mapping[str, Any]) -> bool:
+    return (
+        outcome.get("status") == "failed" and outcome.get("exit_code") == EXIT_FAILED and not outcome.get("lost_peer")
+    )
 
 
 def environment() -> dict[str, Any]:
     """Host, library versions and the state of the code; no environment variables, for they may hold secrets."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": library_versions(),
         "git": _git_state(),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Name -> version of the libraries that a training depends on."""
+    versions = {}
+    for name in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Torch's distributed checkpoints, read without executing anything that they hold.
 
 Torch reads `.metadata`, and every value that is no tensor, with plain pickle, which runs whatever the file says: a
-run directory from somebody else would be a program. Here only the few classes that such files are made of exist.
+run directory from somebody else would be a program. Here only the few classes that metadata is made of exist, and
+values that are no tensor are not read at all.
 """
 
 import io
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -34,21 +36,44 @@ _ALLOWED = {(dcp_metadata.__name__, name) for name in _METADATA_CLASSES} | {
 }
 
 
-def load_tensors(tensors: dict[str, Any], folder: Path, *, no_dist: bool) -> None:
-    """Fill nested dicts of tensors and plain values from a checkpoint's folder of shards, in place.
+def load_tensors(
+    tensors: dict[str, torch.Tensor], folder: Path, *, group: dist.ProcessGroup | None, no_dist: bool
+) -> None:
+    """Fill tensors from a checkpoint's folder of shards, in place, by name.
 
     Args:
-        tensors: what to read, allocated.
+        tensors: what to read, allocated; with the same names on every rank.
         folder: written by torch.distributed.checkpoint.
-        no_dist: this process alone reads; else all ranks call this.
+        group: the ranks that call this together.
+        no_dist: this process alone reads.
 
     Raises:
-        CheckpointError: the files are damaged, lack something, or hold more than tensors and plain values.
+        CheckpointError: the files are damaged, lack something, or hold something else than tensors.
     """
     try:
-        load(tensors, storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
+        load(
+            tensors,
+            storage_reader=_Reader(folder),
+            planner=_Planner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+            no_dist=no_dist,
+        )
     except CheckpointException as error:  # a BaseException, which `except Exception` misses
         raise CheckpointError(f"{folder} cannot be loaded: {causes(error)}") from error
+
+
+def tensors_in(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> shape and dtype of every tensor of a folder of shards.
+
+    Raises:
+        CheckpointError: the metadata is damaged, or holds something else than tensors.
+    """
+    found = {}
+    for name, entry in _read_metadata(folder / ".metadata").state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{folder}: {name} is no tensor; it was not loaded")
+        found[name] = (tuple(entry.size), entry.properties.dtype)
+    return found
 
 
 def causes(error: CheckpointException) -> str:
@@ -72,19 +97,10 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Torch's planner, which gets values that are no tensors as freshly written ones of plain types."""
+    """Torch's planner, which loads tensors alone: anything else would be a pickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        try:
-            plain = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError:  # torch's message advises to load it all the same
-            raise pickle.UnpicklingError(
-                f"{read_item.dest_index.fqn} is damaged, or no plain value; it was not loaded"
-            ) from None
-        fresh = io.BytesIO()
-        torch.save(plain, fresh)
-        fresh.seek(0)
-        super().load_bytes(read_item, fresh)
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor; it was not loaded")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -35,6 +35,10 @@ class TrainState:
     best_step: int | None = None
     num_evaluations_since_best: int = 0
     last_evaluated_step: int = 0
+    last_metric: str | None = None
+    last_value: float | None = None
+    num_failed_saves: int = 0
+    num_failed_saves_in_a_row: int = 0
 
     def position(self, steps_per_epoch: int) -> tuple[int, int]:
         """(epoch, step in the epoch) of the next step."""
@@ -42,6 +46,7 @@ class TrainState:
 
     def take_evaluation(self, metric: str, value: float, *, higher_is_better: bool) -> bool:
         """Note an evaluation at the current step; True when it is the best so far."""
+        self.last_metric, self.last_value = metric, value
         sign = -1 if higher_is_better else 1
         if metric == self.best_metric and self.best_value is not None and sign * value >= sign * self.best_value:
             self.num_evaluations_since_best += 1

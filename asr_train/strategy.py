@@ -27,6 +27,7 @@ from asr_train.errors import RecipeError, TrainingError
 from asr_train.model import SpeechModel
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank this late is dead; the slowest thing ranks wait for is a save
+_LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -114,14 +115,6 @@ class DeepSpeedParallel(Parallel):
     def zero_stage(self) -> int:
         """How much is sharded: 1 optimizer state, 2 gradients too, 3 weights too."""
         return int(self.engine.zero_optimization_stage())
-
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        """Every weight, whole, on rank 0; all ranks call this."""
-        if self.zero_stage < 3:
-            return dict(self.module.state_dict())
-        # named for fp16 engines; it gathers the weights as they are, which is float32 here
-        weights: dict[str, torch.Tensor] = self.engine._zero3_consolidated_16bit_state_dict()
-        return weights
 
 
 def check_environment(recipe: Recipe) -> None:
@@ -237,6 +230,15 @@ def _prepare_deepspeed(
     return DeepSpeedParallel(
         accelerator=accelerator, model=engine, module=engine.module, optimizer=stepper.optimizer, stepper=stepper
     )
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes of, only says that another rank is gone."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_PEER):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _sum_over_ranks(values: torch.Tensor) -> None:

@@ -14,24 +14,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from asr_train import checkpoint, strategy
+from asr_train import checkpoints, strategy
+from asr_train.checkpoint import Ranks, Saver, choose, restore
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan, PlanSettings, check_world_size
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, run_main, say
 from asr_train.estimate import quadratic_share
+from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
 from asr_train.loop import Job, fit
 from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
-from asr_train.optim import build_optimizer, create_optimizer_state
+from asr_train.optim import build_optimizer
 from asr_train.prepare import prepare, wait_for_corpus
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
-from asr_train.run_dir import RunDir, locked_message
+from asr_train.run_dir import RunDir, library_versions, locked_message
 from asr_train.score import check_metrics
 from asr_train.state import TrainState
-from asr_train.stop import StopFlag, follow_launcher
-from asr_train.strategy import Parallel
+from asr_train.stop import Requests, StopFlag, follow_launcher
+from asr_train.strategy import DeepSpeedParallel, Parallel
+from asr_train.trained import load_init
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,6 +65,7 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
             except LockHeldError as error:
                 raise RunError(locked_message(run, error)) from None
             run.claim(recipe, allow_change=allow_change)
+        requests = Requests(run.control, recipe.limits.max_time_s) if rank == 0 else None
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         # where the recipe may have changed, only rank 0 knows whether the run is still done: then all go on to its end
         if run.done.exists() and not (allow_change and world_size > 1):
@@ -69,26 +73,32 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
                 say(f"{run.path} is done already; evaluate, export or transcribe with it")
             return EXIT_DONE
         # the attempt's number; other ranks learn it from rank 0, and write nothing before, for it might be another's
-        attempt = [run.start_attempt({"world_size": world_size})] if rank == 0 else []
+        facts = {"world_size": world_size, "recipe_hash": recipe_hash(recipe)}
+        attempt = [run.start_attempt(facts)] if rank == 0 else []
         try:
-            status, step = _attempt(recipe, run, attempt, stop)
+            status, step = _attempt(recipe, run, attempt, stop, requests)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             code = error.exit_code if isinstance(error, WavefleetError) else EXIT_FAILED
-            outcome = {"status": "failed", "exit_code": code, "message": f"{type(error).__name__}: {error}"}
+            message = f"{type(error).__name__}: {error}"
+            outcome = {
+                "status": "failed", "exit_code": code, "message": message, "lost_peer": strategy.is_lost_peer(error)
+            }  # fmt: skip
             with contextlib.suppress(OSError):  # a full disk may be the very reason; that one is to be said
                 for number in attempt:
                     run.write_outcome(number, rank, outcome)
             raise
         code = EXIT_DONE if status == "done" else EXIT_STOPPED
-        message = f"stopped by {stop.signal_name}" if stop.is_set else status
+        message = f"stopped by {stop.reason}" if stop.is_set else status
         outcome = {"status": status, "exit_code": code, "step": step, "message": message}
         run.write_outcome(attempt[0], rank, outcome)
     return EXIT_DONE
 
 
-def _attempt(recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag) -> tuple[str, int]:
+def _attempt(
+    recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag, requests: Requests | None
+) -> tuple[str, int]:
     """One life of the run; how it ended, `done` or `stopped`, and at which step."""
     is_main = bool(attempt)
 
@@ -102,8 +112,11 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag) ->
     corpus = prepare(recipe) if is_main else wait_for_corpus(recipe)
     check_metrics(recipe.eval.metrics, trust_remote_code=recipe.trust_remote_code)
 
-    # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces.
+    # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces. Its weights are
+    #    random, over these pretrained ones, over these those of `init_from`; over all of them the run's own (4).
     model = build_model(recipe, corpus.vocabulary, say=tell)
+    if recipe.model.init_from is not None:
+        load_init(recipe.model.init_from, model, say=tell)
     difference = padding_difference(model)
     is_sensitive = difference > PADDING_SENSITIVE_OVER
     if is_sensitive:
@@ -121,7 +134,40 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag) ->
     quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
     plan = _make_plan(recipe, corpus, quadratic)
     parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe)
-    create_optimizer_state(parallel.optimizer)
+    create_state(parallel)
+    facts = _facts(recipe, run, corpus, plan, parallel, attempt[0])
+
+    # 4. The run's newest whole checkpoint, if it has any; all ranks look at it together.
+    ranks = Ranks(parallel)
+    newest = choose(
+        run.checkpoints,
+        ranks,
+        failures=run.failures(recipe) if is_main else None,
+        max_failures=recipe.checkpoint.max_failed_attempts,
+        tell=tell,
+    )
+    state = TrainState()
+    if newest is not None:
+        if is_main:
+            run.note(attempt[0], resumed_from=newest.name)
+        state = restore(newest, parallel, ranks, facts)
+        tell(f"resumed from {newest.name}")
+        if newest.manifest["device"] != facts["device"]:
+            tell(
+                f"{newest.name} was written on {newest.manifest['device']}, this is {facts['device']}:"
+                " losses will differ a little, as arithmetic does"
+            )
+    if is_main:
+        checkpoints.remove_leftovers(run.checkpoints, attempt[0])
+    saver = Saver(
+        run.checkpoints,
+        parallel,
+        ranks,
+        recipe.checkpoint,
+        facts,
+        parent=newest.name if newest else None,
+        on_commit=lambda committed: run.note(attempt[0], committed=committed.name),
+    )
     job = Job(
         recipe=recipe,
         run=run,
@@ -132,56 +178,43 @@ def _attempt(recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag) ->
         batches=TurnBatches(plan, corpus.train, model.batch_settings, recipe.seed),
         max_steps=recipe.max_steps or (recipe.max_epochs or 0) * plan.steps_per_epoch,
         equal_lengths=is_sensitive,
-        facts={
-            "device": _device_name(parallel),
-            "recipe_hash": recipe_hash(recipe),
-            "corpus_hash": corpus.hash,
-            "plan_hash": plan.hash,
-            "attempt": attempt[0],
-        },
+        saver=saver,
+        stop=stop,
+        requests=requests,
     )
-
-    # 4. Where weights come from: pretrained or random ones (above), unless the run has a checkpoint.
-    state = TrainState()
-    newest = checkpoint.newest(run.checkpoints)
-    if newest is not None:
-        state = checkpoint.restore(newest, parallel, job.facts)
-        for name in checkpoint.passed_over(run.checkpoints):
-            tell(f"{name} is not whole; passed over")
-        tell(f"resumed from {newest.path.name}")
-        if newest.manifest["device"] != job.facts["device"]:
-            tell(
-                f"{newest.path.name} was written on {newest.manifest['device']}, this is {job.facts['device']}:"
-                " losses will differ a little, as arithmetic does"
-            )
-    if job.is_main:
-        checkpoint.remove_leftovers(run.checkpoints)
-    job.log({"event": "restored" if newest else "started", "step": state.step, **_facts(job, difference)})
+    first_line = {
+        "event": "restored" if newest else "started", "step": state.step, **facts, "tf32": recipe.tf32,
+        "deterministic": recipe.deterministic, "steps_per_epoch": plan.steps_per_epoch, "max_steps": job.max_steps,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "padding_difference": difference,
+    }  # fmt: skip
+    job.log(first_line)
     # a resumed curve goes on where the checkpoint was: later points of the attempt before are no part of the run
     accelerator.init_trackers(recipe.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
 
     # 5. Train; until here a signal just ends the program, for there is nothing to save.
     stop.install()
     try:
-        return fit(job, state, stop), state.step
+        return fit(job, state, is_saved=newest is not None), state.step
     finally:
+        saver.close()
         accelerator.end_training()
 
 
-def _facts(job: Job, difference: float) -> dict[str, Any]:
-    """What an attempt's first line says of it."""
-    parallel = job.parallel
+def _facts(recipe: Recipe, run: RunDir, corpus: Corpus, plan: Plan, parallel: Parallel, attempt: int) -> dict[str, Any]:
+    """What an attempt is, for its first line and for the manifests of its checkpoints."""
+    kind = parallel.accelerator.distributed_type.value
     return {
+        "run_id": run.run_id,
+        "attempt": attempt,
         "world_size": parallel.world_size,
-        "strategy": parallel.accelerator.distributed_type.value,
-        "precision": job.recipe.precision,
-        "tf32": job.recipe.tf32,
-        "deterministic": job.recipe.deterministic,
-        "device": job.facts["device"],
-        "steps_per_epoch": job.plan.steps_per_epoch,
-        "max_steps": job.max_steps,
-        "num_parameters": sum(parameter.numel() for parameter in parallel.module.parameters()),
-        "padding_difference": difference,
+        "strategy": f"ZERO{parallel.zero_stage}" if isinstance(parallel, DeepSpeedParallel) else kind,
+        "precision": recipe.precision,
+        "device": _device_name(parallel),
+        "recipe_hash": recipe_hash(recipe),
+        "corpus_hash": corpus.hash,
+        "plan_hash": plan.hash,
+        "versions": library_versions(),
     }
 
 

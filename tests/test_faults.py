@@ -26,11 +26,11 @@ from fault_inputs import (
 )
 from test_prepare import BAD_ROWS, bad_manifest
 
-from asr_train import checkpoint, evaluate, export, prepare, samples, train, transcribe
+from asr_train import checkpoints, evaluate, export, prepare, samples, train, transcribe
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CHECKPOINT, EXIT_USAGE
 from asr_train.files import append_jsonl, read_json, read_jsonl
 from asr_train.recipe import dump_recipe
-from asr_train.run_dir import RunDir, outcomes, read_metrics
+from asr_train.run_dir import RunDir, read_metrics
 from launch import cli, devices
 
 STEPS = 4
@@ -84,7 +84,7 @@ def clip(tmp_path):
 
 def cut_to_step(run, step):
     run.done.unlink()
-    for found in checkpoint.committed(run.checkpoints):
+    for found in checkpoints.whole(run.checkpoints):
         if found.step > step:
             shutil.rmtree(found.path)
 
@@ -289,7 +289,7 @@ def test_other_rows_under_a_run_are_refused_and_it_goes_on_with_its_own(own, sto
         write_jsonl(manifest, changed)
         said = command_in_rank(train.main, own())
         check_refused(said, EXIT_NO_CHECKPOINT, "was written for another corpus", "repeat and leave out utterances")
-        assert outcomes(run)[0]["exit_code"] == EXIT_NO_CHECKPOINT
+        assert run.outcomes()[0]["exit_code"] == EXIT_NO_CHECKPOINT
     shutil.rmtree(tmp_path / "corpora")
     manifest.unlink()
     check_refused(command_in_rank(train.main, own()), EXIT_FAILED, f"{manifest}: no such file")
@@ -351,9 +351,9 @@ def test_a_disk_that_fills_up_while_training(recipe_file, finished, tmp_path):
 
     def story():
         said = command_in_rank(train.main, recipe_file, f"run_dir={run.path}")
-        steps = [found.step for found in checkpoint.committed(run.checkpoints)]
+        steps = [found.step for found in checkpoints.whole(run.checkpoints)]
         names = sorted(path.name for path in run.checkpoints.iterdir())
-        outcome = outcomes(run)[0]
+        outcome = run.outcomes()[0]
         remount(disk, "size=20m")
         goes_on(recipe_file, run, finished)
         return said, steps, names, outcome
@@ -491,7 +491,7 @@ def missing_state(folder):
 
 @pytest.mark.parametrize("damage", [torn_manifest, manifest_of_something_else, cut_shard, missing_state])
 def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(recipe_file, run, finished, damage):
-    newest = checkpoint.checkpoint_path(run.checkpoints, 2)
+    newest = run.checkpoints / "step-0000000002"
     damage(newest)
     said = command(export.main, run.path, "--checkpoint", newest)
     check_refused(said, EXIT_NO_CHECKPOINT, "nor the path of a whole checkpoint")
@@ -499,7 +499,7 @@ def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(recipe_fil
 
 
 def test_none_whole_is_a_stop_and_nothing_is_touched(recipe_file, run):
-    for found in checkpoint.committed(run.checkpoints):
+    for found in checkpoints.whole(run.checkpoints):
         torn_manifest(found.path)
     work = contents(run.path, *WORK)
     for program, arguments in (
@@ -513,7 +513,7 @@ def test_none_whole_is_a_stop_and_nothing_is_touched(recipe_file, run):
 
 
 def test_a_state_that_is_damaged_behind_its_manifest_is_named(recipe_file, run):
-    path = checkpoint.checkpoint_path(run.checkpoints, 2) / "state.json"
+    path = run.checkpoints / "step-0000000002" / "state.json"
     path.write_text("{".ljust(path.stat().st_size))
     for program, arguments in ((train.main, (recipe_file, f"run_dir={run.path}")), (export.main, (run.path,))):
         check_refused(command_in_rank(program, *arguments), EXIT_NO_CHECKPOINT, f"{path} is damaged")
@@ -522,7 +522,7 @@ def test_a_state_that_is_damaged_behind_its_manifest_is_named(recipe_file, run):
 @pytest.mark.parametrize("set_trap", [set_trap_in_metadata, set_trap_in_a_value])
 def test_a_checkpoint_that_is_a_program_is_not_run(recipe_file, run, trap, set_trap):
     """Torch itself would: it unpickles a checkpoint's metadata, and all values that are no tensors."""
-    for found in checkpoint.committed(run.checkpoints):
+    for found in checkpoints.whole(run.checkpoints):
         set_trap(found.path, trap)
     work = contents(run.path, *WORK)
     said = command_in_rank(train.main, recipe_file, f"run_dir={run.path}")
@@ -638,7 +638,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(recipe_file, tmp_p
     run = RunDir(tmp_path / "run")
     said = command_in_rank(train.main, recipe_file, f"run_dir={run.path}", *changes)
     check_refused(said, code, *words)
-    assert outcomes(run)[0]["exit_code"] == code
+    assert run.outcomes()[0]["exit_code"] == code
     assert not run.checkpoints.exists()
 
 
@@ -728,10 +728,10 @@ def test_stop_signals_save_and_the_same_command_goes_on(recipe_file, finished, t
         return train.main([str(recipe_file), f"run_dir={run.path}", "max_steps=300", "checkpoint.every=null"])
 
     assert command_in_rank(lambda _: stopping()).code == EXIT_DONE
-    outcome = outcomes(run)[0]
+    outcome = run.outcomes()[0]
     assert (outcome["status"], outcome["exit_code"]) == ("stopped", 3)
     assert outcome["message"] == f"stopped by {number.name}"
-    assert [found.step for found in checkpoint.committed(run.checkpoints)] == [outcome["step"]]
+    assert [found.step for found in checkpoints.whole(run.checkpoints)] == [outcome["step"]]
     last = outcome["step"] + 1
     arguments = (recipe_file, f"run_dir={run.path}", f"max_steps={last}", "--allow-change")
     assert command_in_rank(train.main, *arguments).code == EXIT_DONE
@@ -745,7 +745,7 @@ def test_exit_codes_of_the_real_command(recipe_file, run, tmp_path):
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 1\n"
         "mixed_precision: bf16\n"
     )
-    for found in checkpoint.committed(run.checkpoints):
+    for found in checkpoints.whole(run.checkpoints):
         torn_manifest(found.path)
     wild = ["optim.lr=1e30", "optim.max_grad_norm=null", "limits.max_skipped_steps=1", "max_steps=50"]
     cases = {

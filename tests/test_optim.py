@@ -63,6 +63,10 @@ def test_schedules_are_those_of_transformers(name, schedule, warmup):
     assert found == pytest.approx(of_transformers(schedule, **arguments), abs=1e-15)
 
 
+def parameters_of(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def test_tri_stage():
     settings = replace(SETTINGS, schedule="tri_stage", tri_stage=(0.1, 0.4, 0.5), tri_stage_scales=(0.01, 0.05))
     found = [learning_rate(settings, step, 100) / settings.lr for step in range(101)]
@@ -116,7 +120,7 @@ def test_the_state_is_made_without_a_step():
     speech = model()
     before = copy.deepcopy(speech.state_dict())
     optimizer = build_optimizer(speech, SETTINGS)
-    create_optimizer_state(optimizer)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
     _, saved = get_state_dict(speech, optimizer)  # would run a step if there were no state
     trained = {name for name, parameter in speech.named_parameters() if parameter.requires_grad}
     assert set(saved["state"]) == trained
@@ -127,10 +131,10 @@ def test_the_state_is_made_without_a_step():
 def test_a_state_that_is_there_is_kept():
     body = Body()
     optimizer = build_optimizer(body, SETTINGS)
-    create_optimizer_state(optimizer)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
     train(body, optimizer, range(2))
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    create_optimizer_state(optimizer)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
     after = optimizer.state_dict()["state"]
     assert {float(state["step"]) for state in after.values()} == {1, 2}  # the frozen rest, the head
     assert all(torch.equal(after[i][key], value) for i, state in before.items() for key, value in state.items())
@@ -182,7 +186,7 @@ def adam_by_hand(weight, steps, settings=SETTINGS):
 
 def optimizer_of(body):
     optimizer = build_optimizer(body, SETTINGS)
-    create_optimizer_state(optimizer)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
     return optimizer
 
 

@@ -3,7 +3,7 @@ import pytest
 from asr_train.errors import RunError
 from asr_train.files import append_jsonl
 from asr_train.recipe import decode_recipe, run_directory
-from asr_train.run_dir import RunDir, environment, outcomes, read_metrics
+from asr_train.run_dir import RunDir, environment, read_metrics
 from asr_train.state import TrainState, due, higher_is_better
 
 
@@ -67,7 +67,7 @@ def test_attempts_are_numbered_and_outcomes_are_the_newest_attempts(tmp_path):
     assert run.start_attempt({}) == 2
     run.write_outcome(2, 0, {"status": "done"})
     run.write_outcome(2, 1, {"status": "done"})
-    assert {rank: found["status"] for rank, found in outcomes(run).items()} == {0: "done", 1: "done"}
+    assert {rank: found["status"] for rank, found in run.outcomes().items()} == {0: "done", 1: "done"}
 
 
 def test_no_environment_variable_is_recorded(monkeypatch):

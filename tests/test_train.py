@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from damage import edit_manifest
 from ranks import run_ranks
 
-from asr_train import checkpoint, loop
+from asr_train import checkpoints, loop
 from asr_train.errors import CheckpointError, RecipeError, RunError, TrainingError
 from asr_train.files import read_json, read_jsonl
 from asr_train.recipe import dump_recipe
-from asr_train.run_dir import RunDir, outcomes, read_metrics
+from asr_train.run_dir import RunDir, read_metrics
 from asr_train.train import train
 
 # Everything random is on: dropouts, SpecAugment, layerdrop. Layer norm in the feature encoder, so padding is harmless.
@@ -91,9 +92,7 @@ def trained(run):
 
 def weights(run, step=None):
     """Every tensor of the model in a checkpoint, the newest one unless a step is named."""
-    found = (
-        checkpoint.newest(run.checkpoints).path if step is None else checkpoint.checkpoint_path(run.checkpoints, step)
-    )
+    found = checkpoints.newest(run.checkpoints).path if step is None else run.checkpoints / f"step-{step:010d}"
     metadata = dcp.FileSystemReader(found / "shards").read_metadata()
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -162,7 +161,7 @@ def test_accelerate_launch_makes_the_same_run_too(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     run = RunDir(Path(launched.run_dir))
     assert_close(losses(run), losses(alone))
-    assert {rank: found["status"] for rank, found in outcomes(run).items()} == {0: "done", 1: "done"}
+    assert {rank: found["status"] for rank, found in run.outcomes().items()} == {0: "done", 1: "done"}
 
 
 def start(recipe, own_group=False):
@@ -205,8 +204,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(recipe, number, num_wo
     _, status = os.waitpid(pid, 0)
     if number == signal.SIGTERM:
         assert os.waitstatus_to_exitcode(status) == 0
-        assert outcomes(RunDir(Path(broken.run_dir)))[0]["status"] == "stopped"
-        assert outcomes(RunDir(Path(broken.run_dir)))[0]["exit_code"] == 3
+        assert RunDir(Path(broken.run_dir)).outcomes()[0]["status"] == "stopped"
+        assert RunDir(Path(broken.run_dir)).outcomes()[0]["exit_code"] == 3
     else:
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     resumed = run_on(1, broken)
@@ -231,8 +230,8 @@ def test_stop_on_2_processes_resume_on_3_then_on_1(recipe):
 
     run = RunDir(Path(moving.run_dir))
     assert run_ranks(2, stopping) == [0, 0]
-    first = checkpoint.newest(run.checkpoints).step
-    assert {found["status"] for found in outcomes(run).values()} == {"stopped"} or first == 30
+    first = checkpoints.newest(run.checkpoints).step
+    assert {found["status"] for found in run.outcomes().values()} == {"stopped"} or first == 30
     run_on(3, moving)
     assert_close(losses(run), losses(one))
     assert trained(run) == trained(one)
@@ -274,7 +273,7 @@ def test_steps_that_are_not_finite_are_skipped_named_and_bounded(recipe):
     skipped = [line for line in read_jsonl(run.metrics) if line.get("event") == "skipped"]
     assert len(skipped) == 3
     assert skipped[-1]["ids"] == trained(run).get(skipped[-1]["step"], skipped[-1]["ids"]) != []
-    assert {found["exit_code"] for found in outcomes(run).values()} == {4}
+    assert {found["exit_code"] for found in run.outcomes().values()} == {4}
 
 
 def test_fp16_without_a_gpu_is_refused(recipe):
@@ -318,9 +317,9 @@ def test_evaluations_lines_best_checkpoint_and_early_stopping(recipe):
         assert line["wer"] >= 0
         rows = list(read_jsonl(run.evaluation(line["step"], line["set"])))
         assert len(rows) == line["num_rows"]
-    kept = [found.step for found in checkpoint.committed(run.checkpoints)]
+    kept = [found.step for found in checkpoints.whole(run.checkpoints)]
     assert kept == [4, 12]  # the best and the last
-    assert checkpoint.best(run.checkpoints).step == 4
+    assert checkpoints.best(run.checkpoints).step == 4
     assert read_json(run.done)["best_step"] == 4
 
 
@@ -355,28 +354,30 @@ def test_a_frozen_transformer_thaws_at_its_step_wherever_the_run_was_stopped(rec
 
 
 def _copy_run_until(source, target, step):
-    for found in checkpoint.committed(source.checkpoints):
+    for found in checkpoints.whole(source.checkpoints):
         if found.step <= step:
             shutil.copytree(found.path, target.checkpoints / found.path.name)
     for name in ("run.json", "recipe.yaml"):
         shutil.copy(source.path / name, target.path / name)
 
 
-def test_a_torn_checkpoint_is_passed_over_and_none_whole_is_a_hard_stop(recipe):
+def test_a_torn_checkpoint_is_set_aside_and_none_whole_is_a_hard_stop(recipe):
     run = run_on(1, recipe("torn", max_steps=6, checkpoint__every="2", checkpoint__keep_last=9))
-    shard = next((checkpoint.checkpoint_path(run.checkpoints, 6) / "shards").glob("*.distcp"))
+    shard = next((run.checkpoints / "step-0000000006" / "shards").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-10])
-    assert checkpoint.newest(run.checkpoints).step == 4
-    for found in checkpoint.committed(run.checkpoints):
+    assert checkpoints.newest(run.checkpoints).step == 4
+    for found in checkpoints.whole(run.checkpoints):
         (found.path / "MANIFEST.json").unlink()
     run.done.unlink()
 
     def refused():
-        with pytest.raises(CheckpointError, match="none is whole"):
+        with pytest.raises(CheckpointError, match="no checkpoint that can be used"):
             train(run.recipe())
 
-    run_ranks(1, refused)
-    assert outcomes(run)[0]["exit_code"] == 5
+    for _ in range(2):  # not even when the folder looks empty does it start from nothing
+        run_ranks(1, refused)
+        assert run.outcomes()[0]["exit_code"] == 5
+    assert len(list((run.checkpoints / ".quarantine").iterdir())) == 3
 
 
 def test_trackers_get_the_curves(recipe):
@@ -397,8 +398,7 @@ def test_an_unknown_tracker_is_refused_and_the_installed_ones_are_listed(recipe)
 def test_another_kind_of_device_on_resume_is_said(recipe, capfd):
     small = recipe("small", max_steps=2)
     run = run_on(1, small)
-    manifest = checkpoint.newest(run.checkpoints).path / "MANIFEST.json"
-    manifest.write_text(manifest.read_text().replace('"device": "cpu"', '"device": "NVIDIA H200"'))
+    edit_manifest(checkpoints.newest(run.checkpoints).path, device="NVIDIA H200")
     run.done.unlink()
     assert run_ranks(1, train, small) == [0]
     assert "was written on NVIDIA H200, this is cpu" in capfd.readouterr().err
@@ -448,8 +448,8 @@ def test_a_signal_to_the_whole_process_group_stops_a_run_with_data_workers(recip
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     run = RunDir(Path(slow.run_dir))
-    assert outcomes(run)[0]["status"] == "stopped"
-    assert checkpoint.newest(run.checkpoints).step == outcomes(run)[0]["step"]
+    assert run.outcomes()[0]["status"] == "stopped"
+    assert checkpoints.newest(run.checkpoints).step == run.outcomes()[0]["step"]
     with pytest.raises(ProcessLookupError):  # no data worker is left behind
         os.killpg(pid, 0)
 
@@ -464,7 +464,7 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(recipe):
 
     assert run_ranks(1, stopping) == [0]
     run = RunDir(Path(stopped.run_dir))
-    assert checkpoint.newest(run.checkpoints).step == 3
+    assert checkpoints.newest(run.checkpoints).step == 3
     assert not [line for line in read_metrics(run) if "set" in line]
     run_on(1, stopped)
     scores = [[(line["step"], line["wer"]) for line in read_metrics(found) if "set" in line] for found in (whole, run)]
@@ -489,12 +489,12 @@ def stop_in_forward(step):
 
 def test_a_torn_last_checkpoint_is_written_anew_and_said(recipe, capfd):
     run = run_on(1, recipe("torn", max_steps=6, checkpoint__every="2", checkpoint__keep_last=9))
-    shard = next((checkpoint.checkpoint_path(run.checkpoints, 6) / "shards").glob("*.distcp"))
+    shard = next((run.checkpoints / "step-0000000006" / "shards").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-10])
     run.done.unlink()
     assert run_ranks(1, train, run.recipe()) == [0]
-    assert "step-0000000006 is not whole; passed over" in capfd.readouterr().err
-    assert checkpoint.newest(run.checkpoints).step == 6
+    assert "step-0000000006 is not whole, and was set aside" in capfd.readouterr().err
+    assert checkpoints.newest(run.checkpoints).step == 6
 
 
 EXTRA_METRIC = """
