@@ -56,7 +56,7 @@ class StopFlag:
             now_s = time.monotonic()
             if self._interrupted_s is None:
                 self._interrupted_s = now_s
-            elif now_s - self._interrupted_s >= IMPATIENT_S and sys.stdin is not None and sys.stdin.isatty():
+            elif now_s - self._interrupted_s >= IMPATIENT_S and has_terminal():
                 os._exit(128 + signal.SIGINT)
         self.set(signal.Signals(number).name)
 
@@ -87,6 +87,11 @@ class Requests:
         """Take a request away, once it is done."""
         with suppress(OSError):
             (self._control / kind).unlink(missing_ok=True)
+
+
+def has_terminal() -> bool:
+    """Whether a person sits at this program, who may press Ctrl-C again."""
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
 def follow_launcher() -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from asr_train import checkpoints, strategy
 from asr_train.checkpoint import Ranks, Saver, choose, restore
+from asr_train.checkpoints import Checkpoint
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
@@ -166,7 +167,7 @@ def _attempt(
         recipe.checkpoint,
         facts,
         parent=newest.name if newest else None,
-        on_commit=lambda committed: run.note(attempt[0], committed=committed.name),
+        on_commit=lambda committed: _note_commit(run, attempt[0], committed),
     )
     job = Job(
         recipe=recipe,
@@ -216,6 +217,12 @@ def _facts(recipe: Recipe, run: RunDir, corpus: Corpus, plan: Plan, parallel: Pa
         "plan_hash": plan.hash,
         "versions": library_versions(),
     }
+
+
+def _note_commit(run: RunDir, attempt: int, committed: Checkpoint) -> None:
+    """Write that this attempt made progress; a disk that is full now is told by what needs it."""
+    with contextlib.suppress(OSError):
+        run.note(attempt, committed=committed.name)
 
 
 def _device_name(parallel: Parallel) -> str:

@@ -89,9 +89,9 @@ def load_init(source: str, model: SpeechModel, say: Callable[[str], None]) -> No
         CheckpointError: it is damaged, or of another model.
     """
     path = Path(source)
-    if (path / "recipe.yaml").exists() or (path / checkpoints.MANIFEST).exists():
-        is_run = not (path / checkpoints.MANIFEST).exists()
-        checkpoint = find_checkpoint(RunDir(path), "best" if is_run else source)
+    is_run, is_checkpoint = (path / "run.json").exists(), (path / checkpoints.MANIFEST).exists()
+    if is_run or is_checkpoint:
+        checkpoint = find_checkpoint(RunDir(path), source if is_checkpoint else "best")
         resized = load_weights(checkpoint, model, may_resize_head=True)
         say(f"weights from {checkpoint.path}" + (_OTHER_HEAD if resized else ""))
         return

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import psutil
 
 from asr_train.errors import say
+from asr_train.stop import IMPATIENT_S, has_terminal
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
-_REPEAT_S = 1.0  # one Ctrl-C may arrive twice; a second press comes later than this
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Receivers = Callable[[psutil.Process], list[psutil.Process]]
@@ -37,13 +37,14 @@ class _Signals:
         self.pending: list[int] = []
         self.first: int | None = None
         self.impatient = False
-        self._last_interrupt_s = 0.0
+        self._interrupted_s: float | None = None
 
     def take(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
         if number == signal.SIGINT:
-            self.impatient = self._last_interrupt_s > 0 and now_s - self._last_interrupt_s > _REPEAT_S
-            self._last_interrupt_s = now_s
+            if self._interrupted_s is None:
+                self._interrupted_s = now_s
+            self.impatient = now_s - self._interrupted_s >= IMPATIENT_S and has_terminal()
         if self.first is None:
             self.first = number
             if number == signal.SIGINT:

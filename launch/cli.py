@@ -21,6 +21,7 @@ VERBS = {
     "show": Verb("launch.show:main", "print a recipe, every field with its meaning"),
     "prepare": Verb("asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed"),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
+    "checkpoints": Verb("launch.checkpoints:main", "a run's checkpoints: which are whole, which one it goes on from"),
     "evaluate": Verb("asr_train.evaluate:main", "WER and CER of a run or a model on a data set"),
     "export": Verb("asr_train.export:main", "make a model folder that transformers loads"),
     "transcribe": Verb("asr_train.transcribe:main", "audio files in; text, word times or subtitles out"),
@@ -29,7 +30,7 @@ VERBS = {
 HELP = (
     "usage: wavefleet VERB ...\n\n"
     "Trains Wav2Vec2-style CTC speech recognisers.\n\n"
-    + "".join(f"  {name:<12}{verb.meaning}\n" for name, verb in VERBS.items())
+    + "".join(f"  {name:<13}{verb.meaning}\n" for name, verb in VERBS.items())
     + "\n`wavefleet VERB --help` says more. --debug, with any verb, shows tracebacks. --version prints the version.\n"
 )
 
