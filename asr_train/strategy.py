@@ -42,6 +42,12 @@ class Parallel:
     stepper: Any  # accelerate's wrapped optimizer, or DeepSpeed's: what the loop steps
 
     @property
+    def name(self) -> str:
+        """`single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
+        kinds = {DistributedType.NO: "single", DistributedType.FSDP: "fsdp2"}
+        return kinds.get(self.accelerator.distributed_type, "ddp")
+
+    @property
     def rank(self) -> int:
         """This process among all."""
         return int(self.accelerator.process_index)
@@ -105,6 +111,11 @@ class DeepSpeedParallel(Parallel):
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         return sums.tolist(), norm, bool(self.engine.was_step_applied())
+
+    @property
+    def name(self) -> str:
+        """See `Parallel.name`."""
+        return f"zero{self.zero_stage}"
 
     @property
     def engine(self) -> Any:

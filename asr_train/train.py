@@ -34,7 +34,7 @@ from asr_train.run_dir import RunDir, library_versions, locked_message
 from asr_train.score import check_metrics
 from asr_train.state import TrainState
 from asr_train.stop import Requests, StopFlag, follow_launcher
-from asr_train.strategy import DeepSpeedParallel, Parallel
+from asr_train.strategy import Parallel
 from asr_train.trained import load_init
 
 
@@ -204,12 +204,11 @@ def _attempt(
 
 def _facts(recipe: Recipe, run: RunDir, corpus: Corpus, plan: Plan, parallel: Parallel, attempt: int) -> dict[str, Any]:
     """What an attempt is, for its first line and for the manifests of its checkpoints."""
-    kind = parallel.accelerator.distributed_type.value
     return {
         "run_id": run.run_id,
         "attempt": attempt,
         "world_size": parallel.world_size,
-        "strategy": f"ZERO{parallel.zero_stage}" if isinstance(parallel, DeepSpeedParallel) else kind,
+        "strategy": parallel.name,
         "precision": recipe.precision,
         "device": _device_name(parallel),
         "recipe_hash": recipe_hash(recipe),

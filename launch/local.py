@@ -14,7 +14,6 @@ from asr_train import lock, resources
 from asr_train.config import Recipe
 from asr_train.data.plan import check_world_size
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, RunError, say
-from asr_train.files import read_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from launch import devices
@@ -108,18 +107,20 @@ def place(recipe: Recipe, *, accelerate: str | None, processes: int | None) -> P
 def verdict(outcomes: Mapping[int, Mapping[str, Any]], num_processes: int, ended: Ended) -> tuple[int, str]:
     """Exit code and closing message of an attempt, from what each rank wrote about its end.
 
-    `accelerate launch` itself only ends with 0 or 1. When a rank fails its peers fail of it: the first one counts.
+    `accelerate launch` itself only ends with 0 or 1. When a rank fails its peers fail of it: the first one counts,
+    and one that only lost a peer is no cause.
     """
     if not outcomes:
         return _without_outcomes(ended)
     failed = {rank: outcome for rank, outcome in outcomes.items() if outcome["status"] == "failed"}
-    if failed:
-        rank = min(failed, key=lambda rank: (failed[rank].get("time", 0), rank))
-        return int(failed[rank]["exit_code"]) or EXIT_FAILED, f"failed: rank {rank}: {failed[rank]['message']}"
+    causes = {rank: outcome for rank, outcome in failed.items() if not outcome.get("lost_peer")}
     silent = sorted(set(range(num_processes)) - set(outcomes))
-    if silent:
+    if silent and not causes:
         ranks = ", ".join(str(rank) for rank in silent)
         return EXIT_FAILED, f"failed: no word from rank {ranks}: it was killed, for want of memory perhaps"
+    if failed := causes or failed:
+        rank = min(failed, key=lambda rank: (failed[rank].get("time", 0), rank))
+        return int(failed[rank]["exit_code"]) or EXIT_FAILED, f"failed: rank {rank}: {failed[rank]['message']}"
     code = max(int(outcome["exit_code"]) for outcome in outcomes.values())
     return code, ""
 
@@ -151,8 +152,7 @@ def _new_outcomes(run: RunDir, attempts_before: set[str]) -> dict[int, dict[str,
     new = _attempts(run) - attempts_before
     if not new:
         return {}
-    files = (run.path / "outcome" / max(new)).glob("rank-*.json")
-    return {int(path.stem.removeprefix("rank-")): read_json(path) for path in files}
+    return run.outcomes(int(max(new).removeprefix("attempt-")))
 
 
 def usable_gpus() -> int:

@@ -1,6 +1,7 @@
 """The command `wavefleet`: its verbs, what it imports, its exit codes."""
 
 import json
+import pty
 import signal
 import subprocess
 import sys
@@ -116,9 +117,9 @@ PARENT = (
 )
 
 
-def start_parent(program):
+def start_parent(program, stdin=None):
     process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT, program], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -133,15 +134,29 @@ def test_a_stop_signal_reaches_the_child_once_and_it_may_finish(number):
     assert process.returncode == 3
 
 
-def test_a_second_ctrl_c_ends_a_child_that_does_not_stop():
-    process = start_parent(
+def test_a_second_ctrl_c_at_a_terminal_ends_a_child_that_does_not_stop():
+    stubborn = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     )
+    keyboard, terminal = pty.openpty()
+    process = start_parent(stubborn, stdin=terminal)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    time.sleep(IMPATIENT_S + 0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
+    os.close(keyboard)
+    os.close(terminal)
+
+
+def test_a_stop_signal_sent_twice_without_a_terminal_kills_nothing():
+    process = start_parent(TIDY.replace("0.3", "3.0"), stdin=subprocess.DEVNULL)
+    process.send_signal(signal.SIGINT)
+    time.sleep(IMPATIENT_S + 0.2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert "saved after SIGINT" in out
+    assert process.returncode == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")

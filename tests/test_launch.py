@@ -75,3 +75,32 @@ def test_stopped_refused_while_live_continued_elsewhere_and_done(recipe_file, tm
     again = run(finish)
     assert again.returncode == 0
     assert "done already" in again.stderr
+
+
+def test_exit_codes_through_wavefleet_and_through_accelerate(recipe_file, tmp_path):
+    """What ranks wrote decides the code of `wavefleet train`; `accelerate launch` itself knows only 0 and 1."""
+    config = str(resources.find("accelerate_configs", "cpu"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    plain = [*launch, "-m", "asr_train", recipe_file]
+    ours = [*WAVEFLEET, recipe_file, "--processes", "2"]
+
+    limited = ["max_steps=100000", "limits.max_time_s=2"]
+    assert run([*ours, *limited, f"run_dir={tmp_path / 'a'}"]).returncode == 3
+    stopped = run([*plain, *limited, f"run_dir={tmp_path / 'b'}"])
+    assert stopped.returncode == 0, stopped.stderr
+    assert {found["exit_code"] for found in RunDir(tmp_path / "b").outcomes().values()} == {3}
+
+    wild = ["optim.lr=1e30", "optim.max_grad_norm=null", "limits.max_skipped_steps=2"]
+    failed = run([*ours, *wild, f"run_dir={tmp_path / 'c'}"])
+    assert failed.returncode == 4
+    assert "2 steps in a row were not finite" in failed.stderr.splitlines()[-1] + failed.stderr.splitlines()[-2]
+    assert run([*plain, *wild, f"run_dir={tmp_path / 'd'}"]).returncode == 1
+
+    for folder in ("a", "b"):
+        for manifest in (tmp_path / folder / "checkpoints").glob("step-*/MANIFEST.json"):
+            manifest.unlink()
+    unusable = run([*ours, *limited, f"run_dir={tmp_path / 'a'}"])
+    assert unusable.returncode == 5
+    assert "no checkpoint that can be used" in unusable.stderr
+    assert run([*plain, *limited, f"run_dir={tmp_path / 'b'}"]).returncode == 1
+    assert run([*ours, "optim.lrr=1"]).returncode == 2

@@ -19,6 +19,7 @@ from launch.child import Ended
 DONE = {"status": "done", "exit_code": 0, "message": ""}
 STOPPED = {"status": "stopped", "exit_code": 3, "message": "stopped by SIGTERM"}
 FAILED = {"status": "failed", "exit_code": 4, "message": "TrainingError: 10 steps in a row were not finite"}
+LOST_PEER = {**FAILED, "lost_peer": True}
 NO_CHECKPOINT = {"status": "failed", "exit_code": 5, "message": "CheckpointError: none of 2 can be used"}
 
 
@@ -136,6 +137,14 @@ def test_hidden_gpus_do_not_count(monkeypatch, visible, expected):
         ({0: {**FAILED, "time": 2}, 1: {**NO_CHECKPOINT, "time": 1}}, 2, Ended(1, None), 5, "rank 1: CheckpointError"),
         ({0: STOPPED, 1: FAILED}, 2, Ended(1, None), 4, "rank 1: TrainingError"),
         ({0: STOPPED}, 2, Ended(1, None), 4, "no word from rank 1"),
+        ({0: {**FAILED, "lost_peer": True}}, 2, Ended(1, None), 4, "no word from rank 1"),
+        (
+            {0: {**FAILED, "lost_peer": True, "time": 1}, 1: {**NO_CHECKPOINT, "time": 2}},
+            2,
+            Ended(1, None),
+            5,
+            "rank 1",
+        ),
         ({}, 2, Ended(0, None), 0, ""),  # the run was finished before
         ({}, 2, Ended(1, None), 4, "before it began"),
         ({}, 1, Ended(1, signal.SIGTERM), 143, "nothing to save"),

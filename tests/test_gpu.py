@@ -1,0 +1,70 @@
+"""What only a GPU can show: fp16 with its scaler, pinned copies, NCCL training with gloo saving. Skipped elsewhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from asr_train import checkpoints, resources
+from asr_train.files import read_json, read_jsonl
+from asr_train.run_dir import RunDir, read_metrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def launch(recipe_file, config, *overrides):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+        "--config_file", str(resources.find("accelerate_configs", config)), "-m", "asr_train", str(recipe_file),
+    ]  # fmt: skip
+    environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([*command, *overrides], env=environ, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("config", ["one_gpu", "ddp", "fsdp2"])
+def test_a_run_goes_on_with_its_scaler_and_the_same_losses(tiny_corpus, tiny_recipe_file, tmp_path, config, precision):
+    recipe_file = tiny_recipe_file(
+        max_steps=12, precision=precision, deterministic=True,
+        **{"checkpoint.every": "4", "checkpoint.keep_last": 9, "log.every": 1},
+    )  # fmt: skip
+    run = RunDir(tmp_path / "run")
+    launch(recipe_file, config, f"run_dir={run.path}")
+    before = losses(run)
+    assert len(before) == 12
+    scale = read_json(run.checkpoints / "step-0000000012" / "state.json")["scaler"]
+    assert (scale is not None) == (precision == "fp16")
+    for checkpoint in checkpoints.whole(run.checkpoints):
+        if checkpoint.step > 4:
+            shutil.rmtree(checkpoint.path)
+    run.done.unlink()
+    launch(recipe_file, config, f"run_dir={run.path}")
+    after = losses(run)
+    for step, loss in before.items():
+        assert abs(after[step] - loss) <= 1e-5 * abs(loss), step
+    assert read_json(run.checkpoints / "step-0000000012" / "state.json")["scaler"] == scale
+    generators = json.loads((run.checkpoints / "step-0000000012" / "generators" / "rank-0.json").read_text())
+    assert generators["cuda"] is not None
+    saved = [line for line in read_jsonl(run.metrics) if line.get("event") == "saved"]
+    assert all(line["blocked_s"] <= line["seconds"] for line in saved)
+
+
+def test_gpu_and_cpu_make_the_same_run(tiny_corpus, tiny_recipe_file, tmp_path):
+    recipe_file = tiny_recipe_file(max_steps=8, **{"log.every": 1})
+    for config in ("one_gpu", "cpu"):
+        launch(recipe_file, config, f"run_dir={tmp_path / config}")
+    gpu, cpu = (losses(RunDir(tmp_path / config)) for config in ("one_gpu", "cpu"))
+    for step, loss in cpu.items():
+        assert abs(gpu[step] - loss) <= 1e-3 * abs(loss), step
