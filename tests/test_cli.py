@@ -1,6 +1,7 @@
 """The command `wavefleet`: its verbs, what it imports, its exit codes."""
 
 import json
+import os
 import pty
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from asr_train.stop import IMPATIENT_S
 from launch import cli
 from launch.child import run_child
 
