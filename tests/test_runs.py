@@ -109,7 +109,7 @@ def signal_in_step(number, step, rank=0):
 
 
 def test_epochs_as_length_and_as_cadence_also_after_a_stop_in_the_middle_of_one(recipe):
-    epochs = {"max_steps": None, "max_epochs": 3, "unit_audio_s": 6, "eval.every": "1 epoch",
+    epochs = {"max_steps": None, "max_epochs": 3, "unit_audio_s": 8, "eval.every": "1 epoch",
               "checkpoint": {"every": "1 epoch", "keep_last": 9, "save_best": False}}  # fmt: skip
     whole = run_on(2, recipe("whole", epochs))
     length = first_line(whole)["steps_per_epoch"]
@@ -213,7 +213,7 @@ def train_with_unalignable(recipe):
 
 
 def test_infinite_losses_are_counted_and_cost_nothing_else_on_1_rank_and_on_2(recipe):
-    changes = {**NOTHING_EVALUATED, "max_steps": 4, "units_per_step": 3}
+    changes = {**NOTHING_EVALUATED, "max_steps": 4, "units_per_step": 3, "unit_audio_s": 2}
     runs = []
     for world_size in (1, 2):  # on 2 ranks, 3 units: one turn of each step is idle
         again = recipe(f"on{world_size}", changes)
@@ -289,7 +289,7 @@ def test_one_rank_prepares_the_other_waits_for_its_file_and_both_train(recipe, t
 
 def test_a_rank_of_two_is_killed_in_a_step_and_the_run_ends_with_the_same_bits(recipe):
     """First the one that only computes, then, in the run's second life, the one that writes."""
-    changes = {**NOTHING_EVALUATED, "checkpoint.every": "4"}
+    changes = {**NOTHING_EVALUATED, "max_steps": 8, "checkpoint.every": "3"}
     whole = run_on(2, recipe("whole", changes))
     broken = recipe("broken", changes)
     run = RunDir(Path(broken.run_dir))
@@ -298,13 +298,13 @@ def test_a_rank_of_two_is_killed_in_a_step_and_the_run_ends_with_the_same_bits(r
         signal_in_step(signal.SIGKILL, step, rank)
         return train(broken)
 
-    for step, rank in ((6, 1), (5, 0)):  # step 6; then, from step 4 on, step 9
+    for step, rank in ((5, 1), (4, 0)):  # step 5; then, from step 3 on, step 7
         with pytest.raises(RankError):
             run_ranks(2, killed, step, rank)
-    assert saved_steps(run) == [4, 8]
+    assert saved_steps(run) == [3, 6]
     assert not run.done.exists()
     run_on(2, broken)
-    assert [first_line(run, attempt)["step"] for attempt in (1, 2, 3)] == [0, 4, 8]
+    assert [first_line(run, attempt)["step"] for attempt in (1, 2, 3)] == [0, 3, 6]
     assert losses(run) == losses(whole)
     assert trained_ids(run) == trained_ids(whole)
     assert_same_bits(weights(run), weights(whole))
