@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asr_train.config import Recipe
 from asr_train.errors import RecipeError, TrainingError
+from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank this late is dead; the slowest thing ranks wait for is a save
@@ -192,6 +193,7 @@ def prepare(accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim
     wrapped, stepper = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.register_comm_hook(None, _sum_hook)
+        _settle_buckets(wrapped)
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -262,6 +264,22 @@ def _sum_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[to
     """DDP's communication hook: a plain sum, where DDP's own divides by the number of ranks."""
     future: torch.futures.Future[list[torch.Tensor]] = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
+
+
+def _settle_buckets(model: DistributedDataParallel) -> None:
+    """Run a backward that counts for nothing, so that gradients lie in one order from an attempt's first step on.
+
+    DDP lays its buckets out anew in the order in which its first backward gave gradients, and over three ranks or more
+    that order decides in which order a sum is added: without this a resumed run differs in its last bits.
+    """
+    module: SpeechModel = model.module
+    was_training = module.training
+    module.eval()
+    device = next(module.parameters()).device
+    silence = torch.zeros(1, SAMPLE_RATE, device=device)
+    model(silence, torch.tensor([SAMPLE_RATE])).sum().backward()
+    module.zero_grad()
+    module.train(was_training)
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:
