@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from asr_train.data import demo
 from asr_train.data.demo import HELDOUT_VOICES, TRAIN_VOICES, DemoRow, demo_rows, split_of
 from asr_train.data.demo_grammar import PATTERNS, all_words
 from asr_train.errors import CorpusError
@@ -74,6 +75,12 @@ def test_a_sentence_belongs_to_one_set_whatever_the_sizes() -> None:
 def test_an_unknown_set_is_refused() -> None:
     with pytest.raises(KeyError):
         demo_rows("dev")  # type: ignore[arg-type]
+
+
+def test_an_intent_that_runs_out_of_sentences_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(demo.NUM_ROWS, "train", 6000)
+    with pytest.raises(CorpusError, match=r"train: the intent '\w+' has no new sentence for row \d+ of 6000"):
+        demo_rows.__wrapped__("train")
 
 
 def test_speech_is_mono_16_khz_int16_of_a_plausible_length() -> None:

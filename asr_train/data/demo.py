@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from asr_train.geometry import SAMPLE_RATE
 Split = Literal["train", "heldout_sentences", "heldout_voices"]
 
 NUM_ROWS: Final[dict[Split, int]] = {"train": 4000, "heldout_sentences": 420, "heldout_voices": 420}
+_MAX_TRIES = 20_000  # in a row without a new sentence: an intent has run out of them
 _SEED = "wavefleet demo 1"
 _HELDOUT_SHARES: Final[dict[Split, range]] = {"heldout_sentences": range(10), "heldout_voices": range(10, 20)}  # of 100
 
@@ -78,6 +79,7 @@ def demo_rows(split: Split) -> Sequence[DemoRow]:
 
     Raises:
         KeyError: no such set.
+        CorpusError: an intent has no new sentences left for so many rows.
     """
     voices = HELDOUT_VOICES if split == "heldout_voices" else TRAIN_VOICES
     streams = {intent: sentences(intent, f"{_SEED}/{split}") for intent in PATTERNS}
@@ -85,7 +87,13 @@ def demo_rows(split: Split) -> Sequence[DemoRow]:
     rows: list[DemoRow] = []
     for number in range(NUM_ROWS[split]):
         intent = list(PATTERNS)[number % len(PATTERNS)]
-        text = next(text for text in streams[intent] if split_of(text) == split and text not in said)
+        tries = islice(streams[intent], _MAX_TRIES)
+        text = next((text for text in tries if split_of(text) == split and text not in said), None)
+        if text is None:
+            raise CorpusError(
+                f"demo, {split}: the intent {intent!r} has no new sentence for row {number} of {NUM_ROWS[split]}:"
+                " ask for fewer rows, or add phrases to demo_grammar.PATTERNS"
+            )
         said.add(text)
         rows.append(_row(split, number, intent, text, voices))
     return tuple(rows)
