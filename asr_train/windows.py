@@ -5,7 +5,8 @@ same audio: starts are multiples of window - overlap, in whole frames, and the l
 differs is the seam. The pipeline cuts in the middle of an overlap, where a character that one window puts a frame
 earlier than the other is lost or doubled. Here both windows' best labels are compared over the inner half of the
 overlap, where each has context on both sides, and the seam is put into the longest stretch in which both say the same
-nothing: blanks and word delimiters. So it lies in a pause, or between two characters, never inside of one.
+nothing, blanks and word delimiters, between the same two characters. So it lies in a pause, or between two characters,
+never inside of one; and no character comes before it in one window and after it in the other.
 """
 
 from collections.abc import Sequence
@@ -63,17 +64,30 @@ def join_frames(
 def find_seam(left: FrameIds, right: FrameIds, quiet: Sequence[int]) -> int:
     """Where to go over from one window to the next: the seam is before this frame of their overlap.
 
-    The middle of the longest stretch of equal, quiet frames in the inner half; where there is none, of equal frames;
-    where the windows agree on nothing, the middle of the overlap. Of stretches of equal length the one nearest to the
-    middle is taken.
+    The middle of the longest stretch of equal, quiet frames in the inner half that have the same characters before
+    and after them; where there is none, of equal, quiet frames; then of equal frames; where the windows agree on
+    nothing, the middle of the overlap. Of stretches of equal length the one nearest to the middle is taken.
     """
     num_frames = min(len(left), len(right))
-    first, last = num_frames // 4, num_frames - num_frames // 4
-    agree = left[first:last] == right[first:last]
-    for wanted in (agree & np.isin(left[first:last], quiet), agree):
-        if wanted.any():
-            return first + _middle_of_longest(wanted)
+    left, right = left[:num_frames], right[:num_frames]
+    inner = slice(num_frames // 4, num_frames - num_frames // 4)
+    agree = left == right
+    both_quiet = agree & np.isin(left, quiet)
+    between_the_same = (_neighbours(left, quiet) == _neighbours(right, quiet)).all(axis=0)
+    for wanted in (both_quiet & between_the_same, both_quiet, agree):
+        if wanted[inner].any():
+            return inner.start + _middle_of_longest(wanted[inner])
     return num_frames // 2
+
+
+def _neighbours(ids: FrameIds, quiet: Sequence[int]) -> FrameIds:
+    """The characters nearest to each frame, before and after it, [2, F]; -1 where there is none."""
+    frames = np.arange(len(ids))
+    loud = ~np.isin(ids, quiet)
+    before = np.maximum.accumulate(np.where(loud, frames, -1))
+    after = np.minimum.accumulate(np.where(loud, frames, len(ids))[::-1])[::-1]
+    neighbours: FrameIds = np.append(ids, -1)[np.stack([before, after])]
+    return neighbours
 
 
 def _middle_of_longest(wanted: npt.NDArray[np.bool_]) -> int:

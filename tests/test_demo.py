@@ -10,8 +10,10 @@ from pathlib import Path
 
 import espeakng_loader
 import numpy as np
+import psutil
 import pytest
 
+from asr_train.data import demo
 from asr_train.data.demo import HELDOUT_VOICES, TRAIN_VOICES, DemoRow, demo_rows, split_of
 from asr_train.data.demo_grammar import PATTERNS, all_words
 from asr_train.errors import CorpusError
@@ -73,6 +75,12 @@ def test_a_sentence_belongs_to_one_set_whatever_the_sizes() -> None:
 def test_an_unknown_set_is_refused() -> None:
     with pytest.raises(KeyError):
         demo_rows("dev")  # type: ignore[arg-type]
+
+
+def test_an_intent_that_runs_out_of_sentences_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(demo.NUM_ROWS, "train", 6000)
+    with pytest.raises(CorpusError, match=r"train: the intent '\w+' has no new sentence for row \d+ of 6000"):
+        demo_rows.__wrapped__("train")
 
 
 def test_speech_is_mono_16_khz_int16_of_a_plausible_length() -> None:
@@ -137,9 +145,25 @@ def test_without_espeak_the_message_says_what_to_install(monkeypatch: pytest.Mon
         ROW.synthesise()
 
 
-def test_an_unknown_voice_is_refused_by_name() -> None:
+def test_an_unknown_voice_is_refused_by_name_and_leaves_no_thread() -> None:
+    """A thread of an unloaded library crashes or hangs the process some time later."""
+    ROW.synthesise()
+    num_threads = psutil.Process().num_threads()
     with pytest.raises(CorpusError, match="gmw/en-XX"):
         replace(ROW, voice="gmw/en-XX+m1").synthesise()
+    assert psutil.Process().num_threads() == num_threads
+
+
+def test_a_folder_without_espeaks_data_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """eSpeak NG's own answer is to end the process; and the next text must be spoken as ever."""
+    speech = ROW.synthesise()
+    num_threads = psutil.Process().num_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr(espeakng_loader, "get_data_path", lambda: tmp_path / "none")
+        with pytest.raises(CorpusError, match=f"{tmp_path / 'none'}.*reinstall"):
+            ROW.synthesise()
+    assert psutil.Process().num_threads() == num_threads
+    np.testing.assert_array_equal(ROW.synthesise(), speech)
 
 
 def test_every_voice_is_one_that_espeak_has() -> None:

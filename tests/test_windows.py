@@ -99,3 +99,13 @@ def test_seam_prefers_the_longest_agreed_silence_then_agreement_then_the_middle(
     talking = np.array([2, 2, 2, 3, 4, 3, 4, 7, 8, 2, 2, 2])
     other = np.array([2, 2, 2, 5, 6, 5, 6, 7, 8, 2, 2, 2])
     assert find_seam(talking, other, (BLANK, DELIMITER)) == 8
+
+
+def test_a_character_that_two_windows_put_far_apart_is_not_doubled_or_lost():
+    """The longest quiet stretch lies between the two places of the 5: a seam there says it twice, or not at all."""
+    early = np.array([7, 7, 7, 2, 0, 3, 0, 5, 0, 0, 0, 0, 0, 0, 6, 0, 0, 4, 9, 9, 9, 9])
+    late = np.array([8, 8, 8, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 5, 6, 0, 0, 4, 9, 9, 9, 9])
+    for left, right in ((early, late), (late, early)):
+        seam = find_seam(left, right, (BLANK, DELIMITER))
+        assert seam in (15, 16)
+        assert collapse(np.concatenate([left[:seam], right[seam:]])).count(5) == 1

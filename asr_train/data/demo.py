@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from asr_train.geometry import SAMPLE_RATE
 Split = Literal["train", "heldout_sentences", "heldout_voices"]
 
 NUM_ROWS: Final[dict[Split, int]] = {"train": 4000, "heldout_sentences": 420, "heldout_voices": 420}
+_MAX_TRIES = 20_000  # in a row without a new sentence: an intent has run out of them
 _SEED = "wavefleet demo 1"
 _HELDOUT_SHARES: Final[dict[Split, range]] = {"heldout_sentences": range(10), "heldout_voices": range(10, 20)}  # of 100
 
@@ -78,6 +79,7 @@ def demo_rows(split: Split) -> Sequence[DemoRow]:
 
     Raises:
         KeyError: no such set.
+        CorpusError: an intent has no new sentences left for so many rows.
     """
     voices = HELDOUT_VOICES if split == "heldout_voices" else TRAIN_VOICES
     streams = {intent: sentences(intent, f"{_SEED}/{split}") for intent in PATTERNS}
@@ -85,7 +87,13 @@ def demo_rows(split: Split) -> Sequence[DemoRow]:
     rows: list[DemoRow] = []
     for number in range(NUM_ROWS[split]):
         intent = list(PATTERNS)[number % len(PATTERNS)]
-        text = next(text for text in streams[intent] if split_of(text) == split and text not in said)
+        tries = islice(streams[intent], _MAX_TRIES)
+        text = next((text for text in tries if split_of(text) == split and text not in said), None)
+        if text is None:
+            raise CorpusError(
+                f"demo, {split}: the intent {intent!r} has no new sentence for row {number} of {NUM_ROWS[split]}:"
+                " ask for fewer rows, or add phrases to demo_grammar.PATTERNS"
+            )
         said.add(text)
         rows.append(_row(split, number, intent, text, voices))
     return tuple(rows)
@@ -131,7 +139,8 @@ def _record(spoken: npt.NDArray[np.float32], noise_seed: int, snr_db: float) -> 
 # --- eSpeak NG --------------------------------------------------------------------------------------------------
 # Names and numbers of speak_lib.h, https://github.com/espeak-ng/espeak-ng/blob/1.52.0/src/include/espeak-ng/speak_lib.h
 
-_RETRIEVAL = 1  # AUDIO_OUTPUT_RETRIEVAL: samples go to the callback, no thread is started
+_RETRIEVAL = 1  # AUDIO_OUTPUT_RETRIEVAL: samples go to the callback, which a thread of the library's own calls
+_DONT_EXIT = 0x8000  # espeakINITIALIZE_DONT_EXIT: a folder without its data is no reason to end this process
 _POS_CHARACTER, _CHARS_UTF8 = 1, 1
 _RATE, _VOLUME, _PITCH_PARAMETER = 1, 2, 3
 _QUIETER = 60  # of 100: at 100 many variants clip
@@ -143,7 +152,9 @@ def _speak(text: str, voice: str, words_per_minute: int, pitch: int) -> npt.NDAr
     """Synthesise one text: [samples] at 16 kHz, full scale 1, without silence at its ends.
 
     The library is loaded anew for each text (1 ms): it keeps the phase of its pitch flutter from one text to the
-    next, even over espeak_Terminate, and an utterance would depend on what was said before it.
+    next, even over espeak_Terminate, and an utterance would depend on what was said before it. It also starts a
+    thread each time, which only espeak_Terminate ends; if the library went first, that thread would wake up in
+    memory that is no longer mapped, or is another's, and kill the process some time later.
     """
     chunks: list[npt.NDArray[np.int16]] = []
 
@@ -153,10 +164,12 @@ def _speak(text: str, voice: str, words_per_minute: int, pitch: int) -> npt.NDAr
         return 0
 
     library_path, data_path = _espeak_paths()
-    library = ctypes.CDLL(library_path)
     callback = _Callback(collect)  # referred to as long as the library may call it
+    library = ctypes.CDLL(library_path)
     try:
-        rate_hz = library.espeak_Initialize(_RETRIEVAL, 0, data_path.encode(), 0)
+        rate_hz = library.espeak_Initialize(_RETRIEVAL, 0, data_path.encode(), _DONT_EXIT)
+        if rate_hz <= 0:
+            raise CorpusError(f"eSpeak NG cannot use its data in {data_path}; reinstall it: {_INSTALL}")
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of breath noise; the default is the time of day
         library.espeak_SetSynthCallback(callback)
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
@@ -166,8 +179,8 @@ def _speak(text: str, voice: str, words_per_minute: int, pitch: int) -> npt.NDAr
         data = text.encode() + b"\0"
         library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None)
         library.espeak_Synchronize()
-        library.espeak_Terminate()
     finally:
+        library.espeak_Terminate()
         ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
     samples = np.concatenate(chunks).astype(np.float32) / 32768
     audible = np.flatnonzero(np.abs(samples) > _AUDIBLE)
