@@ -336,7 +336,7 @@ def test_curves_of_a_killed_and_resumed_run_have_every_step_once(recipe):
 
 
 def read_curves(folder):
-    """Tag -> (step, value) as TensorBoard shows them. In a process of its own: once it was read here, later ranks hung."""
+    """Tag -> (step, value) as TensorBoard shows them. In a process of its own: after reading here, later ranks hung."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
     shown = EventAccumulator(str(folder)).Reload()
