@@ -16,7 +16,7 @@ from asr_train import loop
 from asr_train import train as program
 from asr_train.files import read_json, read_jsonl
 from asr_train.metrics import EditCounts
-from asr_train.run_dir import RunDir, outcomes, read_metrics
+from asr_train.run_dir import RunDir, read_metrics
 from asr_train.train import train
 from asr_train.trained import load_trained
 
@@ -176,7 +176,7 @@ def test_the_named_set_picks_the_best_and_patience_outlives_a_stop(recipe, tiny_
 
     two_sets = recipe("two-sets", changes)
     run = run_on(1, two_sets, stopped)
-    assert outcomes(run)[0]["status"] == "stopped"
+    assert run.outcomes()[0]["status"] == "stopped"
     assert max(losses(run)) == stop_after
     run_on(1, two_sets, train_with_scores)
     lines = [(line["set"], line["step"]) for line in read_jsonl(run.metrics) if "set" in line]
