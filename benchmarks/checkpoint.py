@@ -63,6 +63,7 @@ SMOKE = {  # two layers of 16 channels
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": [8] * 7,
     "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
+_KEPT: list[Parallel] = []  # torch 2.13: DDP's destructor waits, with the GIL, for a thread of gloo that may want it
 _LIBRARIES = ("wavefleet", "torch", "accelerate", "transformers", "datasets", "safetensors", "numpy", "xxhash")
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -161,6 +162,7 @@ def _save_as_rank(
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
     parallel = make_parallel(config, folder)
+    _KEPT.append(parallel)
     ways = make_ways(parallel, folder)
     first = {way: _timed(folder, save, 0) for way, save in ways.items()}  # warm-up: buffers are made
     runs: dict[str, list[Timed]] = {way: [] for way in ways}
@@ -169,7 +171,7 @@ def _save_as_rank(
             runs[way].append(_timed(folder, ways[way], number + 1))
     blocked_s = {way: [timed.blocked_s for timed in found] for way, found in runs.items()}
     tensors = live_tensors(parallel).values()
-    found = {
+    return {
         "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "parameters": sum(parameter.numel() for parameter in parallel.module.parameters()),
         "ways": {
@@ -184,9 +186,6 @@ def _save_as_rank(
             for way in ways
         },
     }
-    if world_size > 1:
-        dist.destroy_process_group()
-    return found
 
 
 def make_parallel(config: dict[str, Any], folder: Path) -> Parallel:

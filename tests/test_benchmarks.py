@@ -109,3 +109,20 @@ def test_checkpoint_measures_every_way_to_save_and_to_find_the_place(tmp_path):
         assert all(len(seconds["runs"]) == 1 for seconds in found["seconds"].values())
     assert list(tmp_path.iterdir()) == [out], "nothing is left behind"
     check_committed("checkpoint", result)
+
+
+def test_faults_are_done_to_both_and_ours_loses_nothing(tmp_path):
+    out = tmp_path / "faults.json"
+    done = run("faults.py", "--smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert {entry["fault"]: (entry["ours"]["outcome"], entry["ours"]["from"]) for entry in result["faults"]} == {
+        "resumed in mid-epoch": ("right", 7),
+        "SIGKILL as a save begins; 1 kept": ("right", 5),
+        "a flipped bit in the weights": ("previous one used, said", 5),
+        "a pickle that is a program for the index, or the position": ("refused, with a message", None),
+        "a pickle that is a program for the random generators": ("refused, with a message", None),
+    }
+    (killed,) = (entry for entry in result["faults"] if "SIGKILL" in entry["fault"])
+    assert [killed[side]["first"]["code"] for side in ("ours", "accelerate")] == [-9, -9]
+    check_committed("faults", result)
