@@ -490,18 +490,25 @@ def _generators() -> dict[str, Any]:
 
 
 def _restore_generators(checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """This rank's generators; a rank that was not there when it was written keeps its own."""
+    """This rank's generators; a rank that was not there when it was written keeps its own.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
     path = checkpoint.path / "generators" / f"rank-{ranks.rank}.json"
     if f"generators/{path.name}" not in checkpoint.files:
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    torch.set_rng_state(_decoded(saved["torch"]))
-    if saved["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decoded(saved["cuda"]))
-    version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = saved["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        torch.set_rng_state(_decoded(saved["torch"]))
+        if saved["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_decoded(saved["cuda"]))
+        version, internal, gauss = saved["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = saved["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def _encoded(state: torch.Tensor) -> str:

@@ -32,24 +32,37 @@ class Snapshots:
 
     def __init__(self, parallel: Parallel) -> None:
         self._parallel = parallel
-        on_gpu = parallel.device.type == "cuda"
+        self._on_gpu = parallel.device.type == "cuda"
         options = StagingOptions(
-            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+            use_pinned_memory=self._on_gpu,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=self._on_gpu,
         )
-        self._stager = DefaultStager(options)  # keeps its buffers for the next copy
+        self._stager = DefaultStager(options)
+        self._copies: dict[str, torch.Tensor] = {}
 
     def take(self) -> dict[str, torch.Tensor]:
-        """A copy of what this rank writes; every rank calls this."""
+        """A copy of what this rank writes, valid until the next is taken; every rank calls this."""
+        live = written_here(self._parallel)
         if isinstance(self._parallel, DeepSpeedParallel):
-            return written_here(self._parallel)  # put together for this very purpose
-        copied: Any = self._stager.stage(written_here(self._parallel))
-        if self._parallel.device.type == "cuda":
+            return live  # put together for this very purpose
+        if live.keys() != self._copies.keys():
+            copied: Any = self._stager.stage(live)  # makes the buffers, pinned for a GPU
+            self._copies = copied
+        else:  # one call for all: the stager takes as long again for its own work on each tensor
+            torch._foreach_copy_(
+                [_local(copy) for copy in self._copies.values()],
+                [_local(live[name]) for name in self._copies],
+                non_blocking=self._on_gpu,
+            )
+        if self._on_gpu:
             torch.cuda.synchronize(self._parallel.device)
-        found: dict[str, torch.Tensor] = copied
-        return found
+        return dict(self._copies)
 
     def close(self) -> None:
         """Free the buffers."""
+        self._copies = {}
         self._stager.close()
 
 
@@ -123,6 +136,11 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

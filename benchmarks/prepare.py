@@ -11,28 +11,22 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import soundfile
 import soxr
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from measuring import count, hardware, markdown, shown, shown_bars, spread, versions
 
 from asr_train.data.demo import demo_rows
 from asr_train.data.telephone import TEXTS, rows
@@ -78,9 +72,9 @@ class Run:
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/prepare.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--files", type=_count, default=600, help="recordings, at most (default: %(default)s)")
-    parser.add_argument("--repeat", type=_count, default=3, help="times each is listed (default: %(default)s)")
-    parser.add_argument("--rounds", type=_count, default=6, help="timed runs a side and form (default: %(default)s)")
+    parser.add_argument("--files", type=count, default=600, help="recordings, at most (default: %(default)s)")
+    parser.add_argument("--repeat", type=count, default=3, help="times each is listed (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=6, help="timed runs a side and form (default: %(default)s)")
     parser.add_argument(
         "--prompts", type=Path, metavar="DIR",
         help="use the recordings of Debian's asterisk-core-sounds-en-wav under DIR, not the built-in synthetic speech",
@@ -94,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ["HF_HOME"] = str(folder / "hf")
         clips = demo_clips() if arguments.prompts is None else prompt_clips(arguments.prompts)
         num_files = write_files(clips, folder, arguments.files, arguments.repeat)
-        load = os.getloadavg()
+        machine = hardware()
         runs = measure(folder, arguments.rounds)
     result = {
         "benchmark": "prepare",
@@ -102,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
         "files": num_files,
         "rows": num_files * arguments.repeat,
         "rounds": arguments.rounds,
-        "hardware": hardware() | {"load_average_before": [round(value, 2) for value in load]},
-        "versions": versions(),
+        "hardware": machine,
+        "versions": versions(*_LIBRARIES) | {"libsndfile": soundfile.__libsndfile_version__},
         "forms": {form: summarise(found) for form, found in runs.items()},
     }
     result["bars"] = bars(result["forms"]["wav"])
@@ -111,13 +105,6 @@ def main(argv: Sequence[str]) -> int:
     print(render(result))
     print(f"written: {arguments.out}")
     return EXIT_DONE
-
-
-def _count(text: str) -> int:
-    """A whole number, at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 # --- the same files for both sides ------------------------------------------------------------------------------
@@ -286,26 +273,20 @@ def summarise(runs: dict[str, list[Run]]) -> dict[str, Any]:
         audio_s = timed[0].num_samples / SAMPLE_RATE
         summary[side] = {
             "audio_s": audio_s,
-            "audio_s_per_s": _spread([audio_s / run.wall_s for run in timed]),
-            "audio_s_per_cpu_s": _spread([audio_s / run.cpu_s for run in timed]),
+            "audio_s_per_s": spread([audio_s / run.wall_s for run in timed]),
+            "audio_s_per_cpu_s": spread([audio_s / run.cpu_s for run in timed]),
             "bytes_on_disk": timed[0].num_bytes,
         }
     pairs = list(zip(runs["guide"], runs["ours"], strict=True))
     guide, ours = summary["guide"], summary["ours"]
     guide_cpu_s, ours_cpu_s = (min(run.cpu_s for run in runs[side]) for side in SIDES)
     summary["ours_to_guide"] = {
-        "speed": _spread([theirs.wall_s / our.wall_s for theirs, our in pairs]),  # of runs that are neighbours in time
-        "speed_cpu": _spread([theirs.cpu_s / our.cpu_s for theirs, our in pairs]),
+        "speed": spread([theirs.wall_s / our.wall_s for theirs, our in pairs]),  # of runs that are neighbours in time
+        "speed_cpu": spread([theirs.cpu_s / our.cpu_s for theirs, our in pairs]),
         "speed_cpu_fastest": guide_cpu_s / ours_cpu_s,  # of each side's least disturbed run
         "bytes_on_disk": ours["bytes_on_disk"] / guide["bytes_on_disk"],
     }
     return summary
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    """Median, quartiles, and all values in the order they were measured."""
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
-    return {"median": statistics.median(values), "quartiles": [quartiles[0], quartiles[2]], "runs": values}
 
 
 def bars(wav: dict[str, Any]) -> list[dict[str, Any]]:
@@ -325,69 +306,41 @@ def bars(wav: dict[str, Any]) -> list[dict[str, Any]]:
 # --- what is shown ----------------------------------------------------------------------------------------------
 
 
-def hardware() -> dict[str, Any]:
-    """The machine, as far as it matters here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what was measured."""
-    libraries = {name: version(name) for name in _LIBRARIES}
-    return {"python": platform.python_version(), **libraries, "libsndfile": soundfile.__libsndfile_version__}
-
-
 def render(result: dict[str, Any]) -> str:
     """The table, and the bars, as Markdown."""
-    table = Table(box=box.MARKDOWN)
-    for column in ("from", "by"):
-        table.add_column(column)
-    for column in ("audio-s/s, wall", "audio-s/s, CPU", "times the guide's, wall", "times, CPU", "MB on disk"):
-        table.add_column(column, justify="right")
+    rows = []
     for form, summary in result["forms"].items():
         ratio = summary["ours_to_guide"]
         for side in SIDES:
             found, ours = summary[side], side == "ours"
-            table.add_row(
-                FORM_NAMES[form],
-                SIDE_NAMES[side],
-                _shown(found["audio_s_per_s"], ",.0f"),
-                _shown(found["audio_s_per_cpu_s"], ",.0f"),
-                _shown(ratio["speed"], ".2f") if ours else "1",
-                _shown(ratio["speed_cpu"], ".2f") if ours else "1",
-                f"{found['bytes_on_disk'] / 1e6:,.1f}",
+            rows.append(
+                [
+                    FORM_NAMES[form],
+                    SIDE_NAMES[side],
+                    shown(found["audio_s_per_s"], ",.0f"),
+                    shown(found["audio_s_per_cpu_s"], ",.0f"),
+                    shown(ratio["speed"], ".2f") if ours else "1",
+                    shown(ratio["speed_cpu"], ".2f") if ours else "1",
+                    f"{found['bytes_on_disk'] / 1e6:,.1f}",
+                ]
             )
-    console = Console(width=160, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
+    columns = (
+        "from", "by", "audio-s/s, wall", "audio-s/s, CPU", "times the guide's, wall", "times, CPU", "MB on disk",
+    )  # fmt: skip
     machine, audio_s = result["hardware"], result["forms"]["wav"]["guide"]["audio_s"]
     load = machine["load_average_before"][0]
     ratios = {form: summary["ours_to_guide"]["speed_cpu_fastest"] for form, summary in result["forms"].items()}
     fastest = ", ".join(f"{ratio:.2f} times the guide's from {form.upper()}" for form, ratio in ratios.items())
-    lines = [line.strip() for line in capture.get().splitlines() if line.strip()]
-    lines += [
+    lines = [
+        *markdown(columns, rows, num_left=2),
         "",
         f"{result['speech']}, {result['files']} files, {result['rows']} rows, {audio_s:,.0f} s; "
         f"{machine['cpu']}, {machine['cores']} cores, load average {load:g}; "
         f"medians and quartiles of {result['rounds']} runs. Each side's fastest run, CPU time: {fastest}.",
         "",
+        *shown_bars(result["bars"]),
     ]
-    for bar in result["bars"]:
-        wanted = f"at least {bar['at_least']}" if "at_least" in bar else f"at most {bar['at_most']}"
-        lines.append(f"- {bar['bar']}: {bar['found']:.2f}; expected {wanted}: {'met' if bar['met'] else 'NOT met'}")
     return "\n".join(lines)
-
-
-def _shown(spread: dict[str, Any], form: str) -> str:
-    low, high = spread["quartiles"]
-    return f"{spread['median']:{form}} ({low:{form}}-{high:{form}})"
 
 
 if __name__ == "__main__":
