@@ -31,9 +31,10 @@ _FIELD_OF = {
     "constraint": "constraint", "nodes": "nodes", "gres": "gpus_per_node and gpu_type", "gpus": "gpus_per_node",
     "gpus-per-node": "gpus_per_node", "gpus-per-task": "gpus_per_node", "cpus-per-task": "cpus_per_node",
     "mem": "memory", "mem-per-cpu": "memory", "mem-per-gpu": "memory", "time": "time", "signal": "signal_lead_s",
-    "requeue": "continuation", "no-requeue": "continuation", "export": "environment", "export-file": "environment",
+    "export": "environment", "export-file": "environment",
 }  # fmt: skip
 _OURS = (
+    "requeue", "no-requeue",
     "job-name", "comment", "hold", "exclude", "dependency", "kill-on-invalid-dep", "ntasks", "ntasks-per-node",
     "output", "error", "open-mode", "array", "wrap", "wait", "parsable", "quiet", "test-only",
 )  # fmt: skip
@@ -53,10 +54,8 @@ class AgentSettings:
     accelerate: str  # a shipped config's name, or an absolute path
     environment: Mapping[str, str]
     signal_lead_s: int
-    continuation: str
     process_group_timeout_s: int
     rendezvous_interface: str | None
-    stage_corpus_to: str | None
 
 
 _CLUSTER: TypeAdapter[Cluster] = TypeAdapter(Cluster)
@@ -96,10 +95,8 @@ def agent_settings(cluster: Cluster, *, nodes: int | None = None) -> AgentSettin
         accelerate=_accelerate(placed),
         environment=environment(placed),
         signal_lead_s=placed.signal_lead_s,
-        continuation=placed.continuation,
         process_group_timeout_s=placed.process_group_timeout_s,
         rendezvous_interface=placed.rendezvous_interface,
-        stage_corpus_to=placed.stage_corpus_to,
     )
 
 
@@ -234,12 +231,10 @@ def _absolute(cluster: Cluster) -> Cluster:
         source, colon, rest = mount.partition(":")
         return source + colon + rest if source.startswith("$") else full(source) + colon + rest
 
-    staged = cluster.stage_corpus_to
     container = cluster.container
     return replace(
         cluster,
         cache=None if cluster.cache is None else full(cluster.cache),
         accelerate=file_or_name(cluster.accelerate),
-        stage_corpus_to=staged if staged is None or staged.startswith("$") else full(staged),
         container=replace(container, image=file_or_name(container.image), mounts=tuple(map(mounted, container.mounts))),
     )

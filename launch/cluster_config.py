@@ -125,19 +125,12 @@ class Cluster(_Strict):
     srun: Texts = setting("further srun arguments, each as --name or --name=value", ())
     sbatch: dict[str, FlagValue] = setting("further sbatch options, name: value; true for one without a value", {})
     container: ContainerSettings = part(ContainerSettings, "the container that jobs run in")
-    continuation: Literal["auto", "requeue", "successor"] = setting(
-        "how a run that is not done goes on: the same job again, or a new job; auto takes what the cluster allows",
-        "auto",
-    )
     accelerate: str | None = setting(
         "accelerate config, a file or a shipped one; null is cpu, one_gpu or ddp, as fits", None
     )
     processes_per_node: Count | None = setting("training processes a node; null is one a GPU, or one", None)
     process_group_timeout_s: Count = setting("seconds a collective waits for a missing rank before it fails", 1800)
     rendezvous_interface: Interface | None = setting("network interface that ranks meet on, `ib0` say", None)
-    stage_corpus_to: Text | None = setting(
-        "folder on each node that the corpus is copied to first; may begin with $TMPDIR", None
-    )
 
     @property
     def num_processes(self) -> int:

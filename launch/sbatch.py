@@ -44,7 +44,7 @@ def submitit_parameters(
     """
     further: dict[str, Any] = dict(cluster.sbatch)
     # Asked for by name, since a cluster's JobRequeue may say either.
-    further["no-requeue" if cluster.continuation == "successor" else "requeue"] = True
+    further["requeue"] = True  # a run that is not done goes on as the same job
     if hold:
         further["hold"] = True
     if cluster.reservation is not None:

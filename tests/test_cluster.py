@@ -277,10 +277,9 @@ def test_relative_paths_become_absolute_and_names_stay(load, tmp_path, monkeypat
     Path("own.yaml").write_text("distributed_type: MULTI_GPU\nuse_cpu: true\n")
     Path("image.sif").touch()
     container = {"kind": "apptainer", "image": "image.sif", "mounts": ["data:/data:ro", "/scratch", "$TMPDIR:/tmp"]}
-    cluster = load(cache="cache", accelerate="own.yaml", stage_corpus_to="$TMPDIR/corpus", container=container)
+    cluster = load(cache="cache", accelerate="own.yaml", container=container)
     assert cluster.cache == str(tmp_path / "cache")
     assert cluster.accelerate == str(tmp_path / "own.yaml")
-    assert cluster.stage_corpus_to == "$TMPDIR/corpus"
     assert cluster.container.image == str(tmp_path / "image.sif")
     assert cluster.container.mounts == (f"{tmp_path}/data:/data:ro", "/scratch", "$TMPDIR:/tmp")
     assert load(accelerate="cpu").accelerate == "cpu"
@@ -343,11 +342,10 @@ def test_sbatch_reads_every_option_as_it_was_meant(load, sbatch_reads):
     assert {"wckey", "nice"} & set(read) == set()
 
 
-def test_successors_are_not_requeued_by_slurm_and_a_job_may_start_at_once(load):
-    text = text_of(load("continuation=successor"), hold=False)
-    assert "#SBATCH --no-requeue\n" in text
+def test_a_job_may_be_requeued_and_may_start_at_once(load):
+    text = text_of(load(), hold=False)
+    assert "#SBATCH --requeue\n" in text
     assert "--hold" not in text
-    assert "--requeue" not in text
 
 
 @pytest.mark.parametrize("value", HOSTILE)
