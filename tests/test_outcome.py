@@ -148,12 +148,17 @@ CASES = {
     "node lost, and then the time limit": (
         evidence({0: lost(50.0), 1: lost(50.0)}, nodes=SILENT, slurm_state="TIMEOUT", stop_time=100.0),
         "node_failure", "continue", 4, False, "n2"),
+    "node failure while the time limit came": (
+        evidence({0: lost(150.0)}, nodes=SILENT, slurm_state="NODE_FAIL", stop_reason="time limit", stop_time=100.0),
+        "node_failure", "continue", 4, False, "n2"),
     "preflight": (evidence({}, nodes=REFUSED), "preflight", "continue", 4, False, "failed on n2: 3 of 4 GPUs answer"),
     "preflight everywhere": (
         evidence({}, nodes={"n1": REFUSED["n2"], "n2": REFUSED["n2"]}), "preflight", "stop", 4, False, "on all nodes"),
     "Xid": (
         evidence(peers(r3=failed("AcceleratorError: CUDA error: unspecified launch failure")), nodes=XID),
         "hardware", "continue", 4, False, "n2: NVRM: Xid"),
+    "Xid, and its rank took it for want of memory": (
+        evidence(peers(r3=failed(GPU_OOM)), nodes=XID), "hardware", "continue", 4, False, "n2: NVRM: Xid"),
     "Xid of the program's own doing": (
         evidence(peers(r3=failed("AcceleratorError: CUDA error: an illegal memory access")), nodes=SOFT_XID),
         "failed", "retry", 4, True, "illegal memory access"),
@@ -176,6 +181,8 @@ CASES = {
         evidence({}, nodes=SILENT, hang=HANG), "node_failure", "continue", 4, False, "n2"),
     "hang, ended with SIGKILL": (
         evidence(mute(3), nodes=KILLED, hang=HANG), "hang", "retry", 4, True, "Rank 2 on n2 hung"),
+    "preempted, and the save that it asked for hung": (
+        evidence({}, slurm_state="PREEMPTED", stop_time=80.0, hang=HANG), "preempted", "continue", 4, False, ""),
     "a rank failed, so the others hung": (
         evidence(mute(2, 3) | {1: failed("ValueError: x", 60.0)}, hang=HANG), "failed", "retry", 4, True, "Rank 1"),
     "waited for a silent rank": (
@@ -321,6 +328,8 @@ def test_three_failures_with_nothing_saved_stop_and_what_ends_from_outside_does_
     found = run_of(failure(0), failure(1), failure(2, committed_step=101), failure(3), failure(4))
     assert [past.action for past in found] == ["retry"] * 5
     assert [past.uses_budget for past in found] == [True, True, False, True, True]
+    saved = evidence(all_of(STOPPED), stop_reason="preempted", committed_step=120)
+    assert run_of(failure(0), failure(1), saved, failure(2))[-1].action == "retry"
 
 
 def test_attempts_too_short_to_save_are_told():
