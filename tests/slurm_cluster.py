@@ -73,9 +73,10 @@ class SlurmCluster:
         self._end()
 
     def _end(self) -> None:
-        with self._keeper as keeper, contextlib.suppress(BrokenPipeError):  # it is gone where somebody killed it
+        with contextlib.suppress(BrokenPipeError), self._keeper as keeper:  # it is gone where somebody killed it
             keeper.stdin.write(b'{"verb": "end"}\n')
             keeper.stdin.flush()
+        shutil.rmtree(self.folder, ignore_errors=True)  # as the keeper did, unless it was killed
 
     def _start(self) -> None:
         names = ("slurmctld", "slurmdbd", *NODES)
