@@ -2,10 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +16,7 @@ from asr_train.errors import RecipeError
 from asr_train.files import hash_json
 from asr_train.state import higher_is_better
 
+_Settings = TypeVar("_Settings")
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 _UNION_TAGS = {tag for kind in (HubSource, TableSource, FolderSource, DemoSource)
                for tag in get_args(get_type_hints(kind)["kind"])}  # fmt: skip
@@ -33,8 +34,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path = resources.find("recipes", str(recipe))
     except FileNotFoundError as error:
         raise RecipeError(str(error)) from None
-    values = _read(path)
-    problems = [problem for text in overrides if (problem := _override(values, text))]
+    values = read_values(path)
+    problems = [problem for text in overrides if (problem := override(values, text))]
     return decode_recipe(values, where=str(path), problems=problems)
 
 
@@ -44,7 +45,7 @@ def read_resolved(path: Path) -> Recipe:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    return decode_recipe(_read(path), where=str(path))
+    return decode_recipe(read_values(path), where=str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,8 +62,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The plain values of a recipe file.
+def read_values(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe or profile file.
 
     Raises:
         RecipeError: it is no text, no YAML, or something else than `key: value` lines.
@@ -70,25 +71,49 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is no recipe: it is not UTF-8 text ({error})") from None
+        raise RecipeError(f"{path} is not UTF-8 text ({error})") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no recipe: expected `key: value` lines, found {type(values).__name__}")
+        raise RecipeError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
 
 
 def decode_recipe(values: Mapping[str, Any], where: str = "recipe", problems: Sequence[str] = ()) -> Recipe:
     """Check plain values and make a recipe of them; see `load_recipe`."""
+    return _absolute(decode(_RECIPE, Recipe, values, where, problems, _contradictions))
+
+
+def decode(
+    adapter: TypeAdapter[_Settings],
+    kind: type,
+    values: Mapping[str, Any],
+    where: str,
+    problems: Sequence[str],
+    contradictions: Callable[[_Settings], list[str]],
+) -> _Settings:
+    """Check plain values and make frozen settings of them: a recipe, or a cluster profile.
+
+    Args:
+        adapter: pydantic's, of the dataclass.
+        kind: the dataclass.
+        values: what a YAML file holds.
+        where: file that the message names.
+        problems: what was found wrong before.
+        contradictions: finds values that are each right and together wrong.
+
+    Raises:
+        RecipeError: lists every problem at once.
+    """
     found = list(problems)
     try:
-        recipe = _RECIPE.validate_python(dict(values))
+        settings = adapter.validate_python(dict(values))
     except ValidationError as error:
-        found += [_explain(dict(detail)) for detail in error.errors(include_url=False)]
+        found += [_explain(dict(detail), kind) for detail in error.errors(include_url=False)]
     else:
-        found += _contradictions(recipe)
+        found += contradictions(settings)
         if not found:
-            return _absolute(recipe)
+            return settings
     listed = "".join(f"\n  {problem}" for problem in found)
     raise RecipeError(f"{where}: {len(found)} error{'s' if len(found) > 1 else ''}{listed}")
 
@@ -148,7 +173,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _override(values: dict[str, Any], text: str) -> str | None:
+def override(values: dict[str, Any], text: str) -> str | None:
     """Apply one `key.sub=value` in place; what is wrong with it, or None."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
@@ -176,12 +201,12 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _explain(detail: dict[str, Any]) -> str:
+def _explain(detail: dict[str, Any], kind: type) -> str:
     """One pydantic error as: dotted key, value, what was expected, nearest known key."""
     location = [item for item in detail["loc"] if item not in _UNION_TAGS]
     key = ".".join(str(item) for item in location)
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(location[:-1], detail["loc"])
+        known = _known_keys(kind, location[:-1], detail["loc"])
         prefix = "".join(f"{item}." for item in location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
@@ -201,13 +226,13 @@ def _explain(detail: dict[str, Any]) -> str:
     return f"{key}: {detail['input']!r}: {expected}"
 
 
-def _known_keys(location: Sequence[Any], raw_location: Sequence[Any]) -> list[str]:
+def _known_keys(root: type, location: Sequence[Any], raw_location: Sequence[Any]) -> list[str]:
     """Names of the fields of the group that a dotted location leads to."""
     tag = next((item for item in raw_location if item in _UNION_TAGS), None)
-    for kind in (HubSource, TableSource, FolderSource, DemoSource):
-        if tag is not None and tag in get_args(get_type_hints(kind)["kind"]):
-            return [entry.name for entry in fields(kind)]
-    group: Any = Recipe
+    for source in (HubSource, TableSource, FolderSource, DemoSource):
+        if tag is not None and tag in get_args(get_type_hints(source)["kind"]):
+            return [entry.name for entry in fields(source)]
+    group: Any = root
     for item in location:
         group = get_type_hints(group).get(str(item), group)
     return [entry.name for entry in fields(group)] if is_dataclass(group) else []
@@ -285,6 +310,10 @@ def _absolute(recipe: Recipe) -> Recipe:
         run_dir=None if recipe.run_dir is None else full(recipe.run_dir),
         data=data,
         text=replace(recipe.text, processor=folder_or_hub(recipe.text.processor)),
-        model=replace(recipe.model, pretrained=folder_or_hub(recipe.model.pretrained)),
+        model=replace(
+            recipe.model,
+            pretrained=folder_or_hub(recipe.model.pretrained),
+            init_from=None if recipe.model.init_from is None else full(recipe.model.init_from),
+        ),
         eval=replace(recipe.eval, sets={name: local(sources) for name, sources in recipe.eval.sets.items()}),
     )

@@ -142,7 +142,7 @@ def test_every_command_lists_all_errors_of_a_recipe_at_once(tiny_recipe, tmp_pat
     ("content", "words"),
     [
         (None, "no file"),
-        (b"", "holds no recipe"),
+        (b"", "expected `key: value` lines"),
         (b"- a\n- b\n", "found list"),
         (b"name: [\n", "is not YAML"),
         (b"name: \xe9t\xe9\n", "is not UTF-8 text"),

@@ -20,7 +20,7 @@ from test_runs import (  # noqa: F401  recipe is a fixture
 )
 
 from asr_train.recipe import dump_recipe
-from asr_train.run_dir import RunDir, outcomes
+from asr_train.run_dir import RunDir
 
 CONFIG = Path(__file__).parent.parent / "accelerate_configs" / "cpu.yaml"
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -45,7 +45,7 @@ def wait_for_step(process, run, step):
 
 
 def statuses(run):
-    return {rank: found["status"] for rank, found in outcomes(run).items()}
+    return {rank: found["status"] for rank, found in run.outcomes().items()}
 
 
 def test_3_processes_with_data_workers_stopped_and_resumed_make_the_same_run(recipe, tmp_path):  # noqa: F811

@@ -116,7 +116,7 @@ def test_contradictions_are_refused(write, overrides, message):
     assert message in errors_of(MINIMAL, *overrides, write=write)
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds no recipe"), ("a: [", "is not YAML")])
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "expected `key: value` lines"), ("a: [", "is not YAML")])
 def test_a_file_that_is_no_recipe_is_refused(write, text, message):
     assert message in errors_of(text, write=write)
 

@@ -1,5 +1,6 @@
 """Kill and go on, at every step; saves beside training; export from every strategy. Real ranks, real SIGKILL."""
 
+import hashlib
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is importe
 import pytest
 import torch
 import torch.distributed as dist
+from damage import flip_bit
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file
 from test_elastic import WAYS
@@ -238,3 +240,13 @@ def test_a_save_is_reported_with_the_time_that_training_stood_still(recipe):  # 
     saved = [line for line in read_jsonl(RunDir(Path(small.run_dir)).metrics) if line.get("event") == "saved"]
     assert [line["step"] for line in saved] == [2, 4]
     assert all(0 < line["blocked_s"] <= line["seconds"] for line in saved)
+
+
+def test_sha256_verifies_too(recipe):  # noqa: F811
+    small = recipe("small", max_steps=2, checkpoint__hash="sha256")
+    assert run_ranks(1, train, small) == [0]
+    newest = checkpoints.newest(RunDir(Path(small.run_dir)).checkpoints)
+    for name, entry in newest.files.items():
+        assert entry["hash"] == hashlib.sha256((newest.path / name).read_bytes()).hexdigest()
+    flip_bit(newest.path / "state.json")
+    assert "state.json is not what was written: its sha256 differs" in checkpoints.verify(newest).problem

@@ -27,7 +27,7 @@ from test_strategies import train_deepspeed, train_fsdp2
 
 from asr_train import strategy
 from asr_train.errors import RecipeError, TrainingError, WavefleetError
-from asr_train.run_dir import RunDir, outcomes
+from asr_train.run_dir import RunDir
 from asr_train.train import train
 
 
@@ -126,5 +126,5 @@ def test_what_would_train_another_way_is_refused(recipe, program, changes, kind,
     assert found is kind
     assert words in message
     run = RunDir(Path(asked.run_dir))
-    assert outcomes(run)[0]["exit_code"] == kind.exit_code
+    assert run.outcomes()[0]["exit_code"] == kind.exit_code
     assert not run.checkpoints.exists()
