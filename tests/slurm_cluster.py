@@ -8,62 +8,24 @@ Everything has its own ports, keys and files in a temporary folder, and ends wit
 see `slurm_keeper.py`. Daemons are Debian's (22.05); a missing one is an error, never a skip.
 """
 
+import contextlib
 import json
 import os
-import random
 import re
-import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-NODES = ("n1", "n2", "n3", "n4")
-GPUS_PER_NODE = 4
-CPUS_PER_NODE = 4
+from slurm_conf import NODES, SETTINGS, free_ports, write_files
+
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 START_S = 30.0  # a loaded machine; a free one needs half a second
+_NOISE = r"mpi/|MPI:|Unauthorized credential|Node configuration differs"
+_UNUSABLE = ("DOWN", "DRAIN", "FAIL")
 _SAVE_S = 6.0  # slurmctld saves what has changed within 5 s
-
-_SETTINGS = {
-    # Who, and where.
-    "ClusterName": "test",
-    "SlurmUser": "root",
-    "SlurmdUser": "root",
-    "AuthType": "auth/munge",
-    "CredType": "cred/munge",
-    "MpiDefault": "none",
-    "SwitchType": "switch/none",
-    "TaskPlugin": "task/none",
-    "JobAcctGatherType": "jobacct_gather/none",
-    # What a job gets: whole cores and GPUs, whatever this machine really has.
-    "SlurmdParameters": "config_overrides",
-    "SelectType": "select/cons_tres",
-    "SelectTypeParameters": "CR_Core",
-    "GresTypes": "gpu",
-    # Preemption by partition, and jobs that come back.
-    "PreemptType": "preempt/partition_prio",
-    "PreemptMode": "REQUEUE",
-    "JobRequeue": "1",
-    "ReturnToService": "2",
-    # Soon rather than cheaply. Time limits are checked every 30 s, which no setting changes.
-    "SchedulerType": "sched/backfill",
-    "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0",
-    "OverTimeLimit": "0",
-    "KillWait": "5",
-    "CompleteWait": "0",
-    "InactiveLimit": "0",
-    "MinJobAge": "300",
-    "MessageTimeout": "10",
-    "SlurmctldTimeout": "5",
-    "SlurmdTimeout": "10",
-    "UnkillableStepTimeout": "30",
-    "SlurmctldDebug": "verbose",
-    "SlurmdDebug": "verbose",
-}
 
 
 class SlurmCluster:
@@ -77,7 +39,7 @@ class SlurmCluster:
 
     def __init__(self, *, proctrack: str = "linuxproc", accounting: bool = False, grace_s: int = 0, **settings: str):
         self.accounting, self.grace_s = accounting, grace_s
-        self.settings = {**_SETTINGS, "ProctrackType": f"proctrack/{proctrack}", **settings}
+        self.settings = {**SETTINGS, "ProctrackType": f"proctrack/{proctrack}", **settings}
         self.environ: dict[str, str] = {}
         self.folder: Path = Path()
 
@@ -111,15 +73,14 @@ class SlurmCluster:
         self._end()
 
     def _end(self) -> None:
-        self._keeper.stdin.close()
-        self._keeper.wait(60)
-        self._keeper.stdout.close()
+        with contextlib.suppress(BrokenPipeError), self._keeper as keeper:  # it is gone where somebody killed it
+            keeper.stdin.write(b'{"verb": "end"}\n')
+            keeper.stdin.flush()
+        shutil.rmtree(self.folder, ignore_errors=True)  # as the keeper did, unless it was killed
 
     def _start(self) -> None:
-        ports = iter(free_ports(len(NODES) + 2))
-        self._database_port = next(ports)
-        self._controller_port = next(ports)
-        self._node_ports = dict(zip(NODES, ports, strict=True))
+        names = ("slurmctld", "slurmdbd", *NODES)
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._write_files()
         munge_socket = self._file("munge/socket")
         self._order(
@@ -133,6 +94,7 @@ class SlurmCluster:
         for node in NODES:
             self._start_node(node)
         self._until(lambda: self.node_states() == dict.fromkeys(NODES, "IDLE"), "the nodes are not idle")
+        self._num_daemons = len(self.processes())
 
     def _start_accounting(self) -> None:
         data = self._file("mariadb")
@@ -163,13 +125,8 @@ class SlurmCluster:
 
     def submit(self, *arguments: str) -> str:
         """The id of a new batch job; output goes to `output(job)` unless the arguments name another."""
-        where = (
-            "--chdir",
-            str(self._file("jobs")),
-            "--output",
-            str(self._file("jobs", "%j.out")),
-            "--open-mode=append",
-        )
+        jobs = self._file("jobs")
+        where = (f"--chdir={jobs}", f"--output={jobs}/%j.out", "--open-mode=append")
         return self.run("sbatch", "--parsable", *where, *arguments).strip()
 
     def output(self, job: str) -> str:
@@ -228,7 +185,7 @@ class SlurmCluster:
         """Switch a node on again, and wait until it takes jobs."""
         self._order("stop", node)
         self._start_node(node)
-        if self.node_states()[node].startswith("DOWN"):
+        if self.node_states()[node].startswith(_UNUSABLE):
             self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self._until(lambda: self.node_states()[node] == "IDLE", lambda: f"{node} is {self.node_states()[node]}")
 
@@ -248,14 +205,19 @@ class SlurmCluster:
         self.run("scontrol", "update", f"JobId={job}", f"EndTime={end}")
 
     def restore(self) -> None:
-        """What the next test needs: the controller and all nodes up, no jobs."""
+        """What the next test needs: the controller and all nodes up, no jobs, and no process of earlier ones."""
         if "UP" not in self._call("scontrol", "ping").stdout:
             self.start_controller()
         self.run("scancel", "--user=root")
         for node, state in self.node_states().items():
-            if state.startswith(("DOWN", "DRAIN", "FAIL")):
+            if state.startswith(_UNUSABLE):
                 self.node_up(node)
         self.cancel_all()
+        with contextlib.suppress(TimeoutError):  # the last steps' own ends
+            self._until(lambda: len(self.processes()) <= self._num_daemons, "", timeout=2)
+            return
+        for node in NODES:  # somebody escaped, in a session of its own or orphaned
+            self.node_up(node)
 
     def reconfigure(self, *, grace_s: int | None = None, **settings: str) -> None:
         """Replace lines of slurm.conf in the running cluster; not all take effect so (see `man slurm.conf`).
@@ -275,6 +237,9 @@ class SlurmCluster:
 
     def _file(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
+
+    def _write_files(self) -> None:
+        write_files(self.folder, self._ports, self.settings, grace_s=self.grace_s, accounting=self.accounting)
 
     def _start_controller(self) -> None:
         self._order("start", "slurmctld", "slurmctld", "-D")
@@ -313,11 +278,12 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def _logs(self) -> str:
-        """The ends of all daemons' logs."""
-        tails = (
-            (path.stem, path.read_text(errors="replace").splitlines()[-15:]) for path in self._file("logs").iterdir()
-        )
-        return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in sorted(tails))
+        """The ends of all daemons' logs, without what they always say."""
+        ends = []
+        for path in sorted(self._file("logs").iterdir()):
+            lines = path.read_text(errors="replace").splitlines()
+            ends += [f"--- {path.stem}", *[line for line in lines if not re.search(_NOISE, line)][-15:]]
+        return "\n".join(ends)
 
     def _check_programs(self) -> None:
         programs = ["munged", "slurmctld", "slurmd", "sbatch"] + ["slurmdbd", "mariadbd"] * self.accounting
@@ -327,85 +293,6 @@ class SlurmCluster:
         if os.getuid() != 0:
             raise PermissionError("a cluster for tests is started by root")
 
-    def _write_files(self) -> None:
-        for name in ("munge", "logs", "state", "spool", "jobs"):
-            self._file(name).mkdir(exist_ok=True)
-        self._file("munge").chmod(0o711)  # munged trusts no folder that others can write
-        key = self._file("munge/key")
-        if not key.exists():
-            key.touch(mode=0o600)
-            key.write_bytes(secrets.token_bytes(128))
-        gpus = [self._file(f"gpu{number}") for number in range(GPUS_PER_NODE)]
-        for gpu in gpus:  # slurmd wants devices, else no job gets a CUDA_VISIBLE_DEVICES
-            if not gpu.is_symlink():
-                gpu.symlink_to(os.devnull)
-        self._file("gres.conf").write_text(
-            f"NodeName=n[1-4] Name=gpu File={self._file('gpu')}[0-{GPUS_PER_NODE - 1}]\n", encoding="utf-8"
-        )
-        self._file("slurm.conf").write_text(self._slurm_conf(), encoding="utf-8")
-        if self.accounting:
-            path = self._file("slurmdbd.conf")
-            path.touch(mode=0o600)
-            path.write_text(self._slurmdbd_conf(), encoding="utf-8")
-
-    def _auth_info(self) -> str:
-        return f"cred_expire=5,socket={self._file('munge/socket')}"  # 5 s is the least; a requeued job waits so long
-
-    def _slurm_conf(self) -> str:
-        host = socket.gethostname().partition(".")[0]
-        settings = {
-            "SlurmctldHost": f"{host}(127.0.0.1)",
-            "SlurmctldPort": self._controller_port,
-            "AuthInfo": self._auth_info(),
-            "StateSaveLocation": self._file("state"),
-            "SlurmdSpoolDir": self._file("spool/%n"),
-            "SlurmctldPidFile": self._file("slurmctld.pid"),
-            "SlurmdPidFile": self._file("%n.pid"),
-            **self.settings,
-        }
-        if self.accounting:
-            settings |= {
-                "AccountingStorageType": "accounting_storage/slurmdbd",
-                "AccountingStorageHost": "127.0.0.1",
-                "AccountingStoragePort": self._database_port,
-                "AccountingStoragePass": self._file("munge/socket"),  # AuthInfo is not asked for this one
-                "AccountingStorageTRES": "gres/gpu",
-            }
-        lines = [f"{name}={value}" for name, value in settings.items()]
-        lines += [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS_PER_NODE} RealMemory=8000 "
-            f"Gres=gpu:{GPUS_PER_NODE}"
-            for node, port in self._node_ports.items()
-        ]
-        lines += [
-            f"PartitionName=batch Nodes=n[1-4] Default=YES PriorityTier=1 MaxTime=7-0 DefaultTime=10 "
-            f"GraceTime={self.grace_s}",
-            "PartitionName=urgent Nodes=n[1-4] PriorityTier=10 PreemptMode=OFF MaxTime=7-0 DefaultTime=10",
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _slurmdbd_conf(self) -> str:
-        return (
-            f"AuthType=auth/munge\nAuthInfo={self._auth_info()}\nSlurmUser=root\nDbdHost=localhost\n"
-            f"DbdAddr=127.0.0.1\nDbdPort={self._database_port}\nPidFile={self._file('slurmdbd.pid')}\n"
-            "StorageType=accounting_storage/mysql\nStorageHost=localhost\nStorageUser=root\nStorageLoc=slurm\n"
-        )
-
 
 class CommandError(Exception):
     """A Slurm command that ended with an error; the text is its message."""
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, outside of those that the kernel gives to outgoing connections."""
-    found: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 12_000):
-        if len(found) == number:
-            break
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            found.append(port)
-    return found

@@ -1,7 +1,7 @@
 """Holds the daemons of a test cluster, and leaves no process behind; `tests/slurm_cluster.py` starts it.
 
-Orders are JSON lines on stdin, each answered by one on stdout. When stdin ends, or when the process that ordered dies
-in whatever way, every process that ever came from here is killed and the cluster's folder removed.
+Orders are JSON lines on stdin, each answered by one on stdout. At the order "end", or when the process that ordered
+dies in whatever way, every process that ever came from here is killed and the cluster's folder removed.
 
 A daemon runs below a holder of its own. Holder and keeper are subreapers: whatever a daemon or a job starts, in a
 session of its own or orphaned, stays below its holder, so a holder with all below it is one machine that can be
@@ -131,26 +131,33 @@ class _Keeper:
         return {"processes": descendants(os.getpid())}
 
 
+def _orders(parent):
+    """Orders as they come, until there are no more or the parent dies."""
+    parent_ends, buffer = os.pidfd_open(parent), b""
+    while os.getppid() == parent:
+        ready = select.select([0, parent_ends], [], [], 1.0)[0]
+        _reap()
+        if parent_ends in ready:
+            return
+        if 0 in ready:
+            received = os.read(0, 65536)
+            if not received:
+                return
+            *lines, buffer = (buffer + received).split(b"\n")
+            yield from map(json.loads, lines)
+
+
 def main(folder, parent):
-    """Obey until the parent dies or hangs up, then kill all and remove the folder."""
+    """Obey until told to end, or until the parent dies, then kill all and remove the folder."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper, buffer = _Keeper(), b""
-    parent_ends = os.pidfd_open(int(parent))
+    keeper = _Keeper()
     try:
-        while os.getppid() == int(parent):
-            ready = select.select([0, parent_ends], [], [], 1.0)[0]
-            _reap()
-            if parent_ends in ready:
+        for order in _orders(int(parent)):
+            if order["verb"] == "end":  # said, since a fork of the parent may hold the other end of stdin
                 break
-            if 0 in ready:
-                received = os.read(0, 65536)
-                if not received:
-                    break
-                *lines, buffer = (buffer + received).split(b"\n")
-                for line in lines:
-                    os.write(1, json.dumps(keeper.obey(json.loads(line))).encode() + b"\n")
+            os.write(1, json.dumps(keeper.obey(order)).encode() + b"\n")
     finally:
         kill_below(os.getpid())
         while _reap_one(0):  # the dead are children of the keeper now: wait for the last of them

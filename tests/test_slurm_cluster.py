@@ -146,6 +146,16 @@ def test_a_controller_that_dies_finds_its_jobs_again(slurm_session, task):
     assert slurm_session.node_states() == dict.fromkeys(["n1", "n2", "n3", "n4"], "IDLE")
 
 
+def test_the_next_test_meets_no_process_of_this_one(slurm_session, tmp_path):
+    task = write_task(tmp_path)
+    job = slurm_session.submit("--wrap", f"setsid --fork {task} orphan; {task} agent")
+    slurm_session.wait_for_output(job, "begin")
+    assert len(processes_with(task)) >= 2
+    slurm_session.restore()
+    assert processes_with(task) == []
+    assert slurm_session.wait_for(slurm_session.submit("--nodes=4", "--wrap", "srun true"), "COMPLETED")
+
+
 def test_accounting_remembers_how_jobs_ended():
     with SlurmCluster(accounting=True) as cluster:
         jobs = [cluster.submit("--wrap", command) for command in ("true", "exit 3")]
