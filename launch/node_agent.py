@@ -228,7 +228,7 @@ def _history(run: RunDir) -> list[Verdict]:
     """Verdicts since a person last said `--retry`."""
     history: list[Verdict] = []
     for line in read_jsonl(run.path / VERDICTS):
-        history = history + [Verdict.from_json(line)] if "kind" in line else []
+        history = [*history, Verdict.from_json(line)] if "kind" in line else []
     return history
 
 
