@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -119,7 +120,8 @@ class _Keeper:
         holder = self.holders.pop(name, None)
         if holder is not None and holder in descendants(os.getpid()):
             kill_below(holder)
-            os.kill(holder, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it goes when its last child does
+                os.kill(holder, signal.SIGKILL)
 
     def obey(self, order):
         verb = order.pop("verb")

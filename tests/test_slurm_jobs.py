@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster
 
 from asr_train.files import read_json, read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
@@ -18,10 +17,9 @@ from asr_train.run_dir import RunDir, read_metrics
 WAVEFLEET = [sys.executable, "-m", "launch.cli"]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with SlurmCluster() as found:
-        yield found
+@pytest.fixture
+def cluster(slurm):
+    return slurm
 
 
 @pytest.fixture(scope="module")
