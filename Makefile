@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Recorded telephone prompts with their texts, for recipes/telephone.yaml and its tests; Debian's names.
 SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
+# A real cluster, and a database for its accounting, that tests start.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
 
 .PHONY: demo test lint clean
 
@@ -16,7 +18,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/dev.installed
-	@.ci/speech-packages $(SPEECH_PACKAGES)
+	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES)
 	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
 
 lint: $(VENV)/dev.installed

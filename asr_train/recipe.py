@@ -49,7 +49,10 @@ def read_resolved(path: Path) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its tags for Python objects, and without keys that stand twice, of which PyYAML drops the first."""
+    """YAML without its tags for Python objects, and without keys that stand twice, of which PyYAML drops the first.
+
+    And without numbers to base 60 or 8, which nobody means: 12:00:00 and 007 are text, not 43200 and 7.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -60,6 +63,20 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands here twice", key.start_mark)
                 seen.add(key.value)
         return node
+
+    def construct_decimal(self, node: Any) -> int | str:
+        text = str(self.construct_scalar(node))
+        if ":" in text or re.match(r"[-+]?0[0-9_]", text):
+            return text
+        return int(self.construct_yaml_int(node))
+
+    def construct_fraction(self, node: Any) -> float | str:
+        text = str(self.construct_scalar(node))
+        return text if ":" in text else float(self.construct_yaml_float(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_fraction)
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -179,7 +196,7 @@ def override(values: dict[str, Any], text: str) -> str | None:
     if not equals or not key:
         return f"{text!r}: expected key=value, as in optim.lr=1e-5"
     try:
-        value = yaml.safe_load(raw) if raw else None
+        value = yaml.load(raw, Loader=_Loader) if raw else None  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return f"{key}: {raw!r} is not a YAML value"
     *groups, last = key.split(".")

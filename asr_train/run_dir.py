@@ -160,6 +160,11 @@ class RunDir:
         path = self._attempt_file(attempt)
         write_json(path, {**read_json(path), **facts})
 
+    def attempt_record(self, attempt: int) -> dict[str, Any]:
+        """What is written of an attempt: world size, versions, `resumed_from`, `committed`."""
+        record: dict[str, Any] = read_json(self._attempt_file(attempt))
+        return record
+
     def failures(self, recipe: Recipe) -> dict[str, int]:
         """Checkpoint's name -> attempts from it that failed by themselves with nothing new saved.
 

@@ -27,7 +27,7 @@ from asr_train.errors import RecipeError, TrainingError
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a rank this late is dead; the slowest thing ranks wait for is a save
+_COLLECTIVE_TIMEOUT_S = 1800  # a rank this late is dead; the slowest thing ranks wait for is a save
 _LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -168,12 +168,13 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # without it several processes are refused, or each is alone
     # on CPU DeepSpeed must be told, else every rank is alone; without it, telling makes accelerate forget the strategy
     needs_backend = _is_on("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available()
+    timeout_s = float(os.environ.get("WAVEFLEET_COLLECTIVE_TIMEOUT_S", _COLLECTIVE_TIMEOUT_S))
     accelerator = Accelerator(
         mixed_precision=_PRECISION[recipe.precision],
         log_with=list(recipe.log.trackers) or None,
         project_dir=run_path,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT, backend="gloo" if needs_backend else None),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), backend="gloo" if needs_backend else None),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
         step_scheduler_with_optimizer=False,

@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,12 +14,13 @@ from asr_train import checkpoints
 from asr_train.checkpoints import Checkpoint
 from asr_train.errors import EXIT_DONE, EXIT_NO_CHECKPOINT, RunError
 from asr_train.run_dir import RunDir, read_metrics
+from launch.runs import open_run
 
 
 def main(argv: Sequence[str]) -> int:
     """List a run's checkpoints; returns 0, or 5 when there are checkpoints and none can be used."""
     options = _parser().parse_args(argv)
-    run = RunDir(Path(options.run))
+    run = open_run(options.run)
     recipe = run.recipe()
     if not run.checkpoints.is_dir():
         raise RunError(f"{run.path} has no checkpoint yet; train it first")

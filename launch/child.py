@@ -87,7 +87,7 @@ def run_child(command: Sequence[str], *, env: Mapping[str, str] | None = None, r
             command,
             env=None if env is None else dict(env),
             start_new_session=True,
-            preexec_fn=_die_with_us(),  # noqa: PLW1509 - this program has one thread
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - this program has one thread
         )
         child = psutil.Process(process.pid)
         while True:
@@ -106,7 +106,7 @@ def run_child(command: Sequence[str], *, env: Mapping[str, str] | None = None, r
                             receiver.send_signal(number)
 
 
-def _die_with_us() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """What the child runs before its program, so that it hears of our death; Linux only."""
     if sys.platform != "linux":
         return None

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -23,21 +23,47 @@ from launch.child import Ended, run_child, workers
 SHUTDOWN_TIMEOUT_S = 3600
 
 
+class Rendezvous(NamedTuple):
+    """Where the nodes of a job meet, and which of them this is."""
+
+    num_nodes: int
+    node: int
+    address: str
+    port: int
+    id: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a training runs: an accelerate config file, and how many processes of how many threads."""
+    """Where a training runs: an accelerate config file, and how many processes a node of how many threads."""
 
     config: Path
     num_processes: int
     num_threads: int
     on_cpu: bool
 
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """`accelerate launch` with explicit flags; what accelerate would otherwise guess is said."""
-        flags = ["--config_file", str(self.config), "--num_machines", "1", "--machine_rank", "0"]
-        flags += ["--num_processes", str(self.num_processes), "--num_cpu_threads_per_process", str(self.num_threads)]
-        flags += ["--main_process_port", "0", "--quiet"]  # any free port, so that two runs share a machine
-        if self.on_cpu and self.num_processes == 1:
+    def command(
+        self, arguments: Sequence[str], *, rendezvous: Rendezvous | None = None, log_dir: Path | None = None
+    ) -> list[str]:
+        """`accelerate launch` with explicit flags; what accelerate would otherwise guess is said.
+
+        Args:
+            arguments: of the training program.
+            rendezvous: where several nodes meet; this machine alone when None.
+            log_dir: each rank's output goes there too.
+        """
+        # port 0 is any free one, so that two runs share a machine
+        meet = rendezvous or Rendezvous(1, 0, "127.0.0.1", 0, "")
+        num_processes = self.num_processes * meet.num_nodes
+        flags = ["--config_file", str(self.config), "--num_machines", str(meet.num_nodes)]
+        flags += ["--machine_rank", str(meet.node), "--num_processes", str(num_processes)]
+        flags += ["--num_cpu_threads_per_process", str(self.num_threads), "--quiet"]
+        flags += ["--main_process_port", str(meet.port)]
+        if meet.num_nodes > 1:
+            flags += ["--main_process_ip", meet.address, "--rdzv_backend", "static", "--max_restarts", "0"]
+        if log_dir is not None and num_processes > 1:  # a single one writes to our own output
+            flags += ["--log_dir", str(log_dir), "--tee", "3"]
+        if self.on_cpu and num_processes == 1:
             flags.append("--cpu")  # a plain process; with more processes this flag would start one all the same
         return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "asr_train", *arguments]
 
@@ -71,19 +97,21 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def place(recipe: Recipe, *, accelerate: str | None, processes: int | None) -> Placement:
+def place(recipe: Recipe, *, accelerate: str | None, processes: int | None, num_nodes: int = 1) -> Placement:
     """Choose the accelerate config and the number of processes, and refuse what could not work.
 
     Args:
         recipe: says how many units a step has.
         accelerate: a config file, or the name of a shipped one; None takes what fits the machine.
-        processes: None takes the config's, which for the shipped GPU configs is one a GPU.
+        processes: a node; None takes the config's, which for the shipped GPU configs is one a GPU.
+        num_nodes: nodes like this one.
 
     Raises:
         RecipeError: no such config, one for other hardware, or more processes than GPUs or units.
     """
     gpus = usable_gpus()
-    name = accelerate or ("cpu" if gpus == 0 else "one_gpu" if (processes or gpus) == 1 else "ddp")
+    is_single = (processes or gpus) * num_nodes == 1
+    name = accelerate or ("cpu" if gpus == 0 else "one_gpu" if is_single else "ddp")
     try:
         config = resources.find("accelerate_configs", name).absolute()
     except FileNotFoundError as error:
@@ -94,7 +122,7 @@ def place(recipe: Recipe, *, accelerate: str | None, processes: int | None) -> P
     num_processes = processes or (own if isinstance(own, int) else gpus)
     if problem := _mismatch(values, gpus=gpus, on_cpu=on_cpu, num_processes=num_processes):
         raise RecipeError(f"{config.name}: {problem}")
-    check_world_size(recipe.units_per_step, num_processes, recipe.allow_idle_ranks)
+    check_world_size(recipe.units_per_step, num_processes * num_nodes, recipe.allow_idle_ranks)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return Placement(
         config=config,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from slurm_cluster import SlurmCluster
 
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
@@ -140,3 +141,17 @@ def tiny_recipe_file(tiny_recipe, tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def slurm_session():
+    """One real Slurm cluster for all tests that use `slurm`."""
+    with SlurmCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(slurm_session):
+    """A real Slurm cluster of four nodes, all up, without jobs."""
+    yield slurm_session
+    slurm_session.restore()

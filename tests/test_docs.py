@@ -8,7 +8,8 @@ import pytest
 
 from asr_train import resources
 from asr_train.recipe import load_recipe, walk
-from launch import cli, local
+from launch import cli, local, submit
+from launch.cluster import load_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,11 +60,16 @@ def commands(program):
 def test_every_wavefleet_command_is_one():
     found = list(commands("wavefleet"))
     assert len(found) >= 5
-    for page, (_, verb, first, *rest) in found:
+    for page, (_, verb, *rest) in found:
         assert verb in cli.VERBS, page
         if verb in ("show", "prepare", "train"):
-            options = local._parser().parse_intermixed_args([first, *rest])
+            options = local._parser().parse_intermixed_args(rest)
             load_recipe(options.recipe, options.overrides)
+        if verb == "submit":
+            options = submit._parser().parse_intermixed_args(rest)
+            overrides, changes = submit.split_overrides(options)
+            load_recipe(options.recipe, overrides)
+            load_cluster(options.cluster, changes)
 
 
 def test_every_accelerate_command_names_a_config_and_a_recipe():

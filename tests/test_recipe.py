@@ -14,7 +14,9 @@ from asr_train.recipe import (
     dump_recipe,
     identity,
     load_recipe,
+    override,
     parse_cadence,
+    read_values,
     recipe_hash,
     run_directory,
     to_values,
@@ -61,6 +63,17 @@ def test_overrides_reach_groups_dicts_and_lists(write):
 def test_a_yaml_number_in_exponent_form_without_a_dot_is_a_number(write):
     """YAML 1.1 reads 1e-5 as a string; people write it all the same."""
     assert load_recipe(write({**MINIMAL, "optim": {"lr": "1e-5"}})).optim.lr == 1e-5
+
+
+def test_clock_times_and_leading_zeros_are_text(write):
+    """YAML 1.1 reads 12:00:00 as 43200, to base 60, and 007 as octal."""
+    fields = "time: 12:00:00\nrate: 1:30.5\ncode: 010\ncount: 10\nshare: 0.5\nnone: 0\nhex: 0x10\n"
+    expected = {"time": "12:00:00", "rate": "1:30.5", "code": "010", "count": 10, "share": 0.5, "none": 0, "hex": 16}
+    assert read_values(write(fields)) == expected
+    values = {}
+    assert override(values, "time=12:00:00") is None
+    assert override(values, "code=010") is None
+    assert values == {"time": "12:00:00", "code": "010"}
 
 
 def test_all_errors_appear_together_with_key_value_and_remedy(write):

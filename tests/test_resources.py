@@ -47,6 +47,7 @@ def test_the_wheel_holds_both_packages_recipes_configs_and_licence(wheel):
     tracked = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     assert {name.removeprefix("asr_train/share/recipes/") for name in names if "share/recipes/" in name} == tracked
     assert "asr_train/share/accelerate_configs/fsdp2.yaml" in names
+    assert "asr_train/share/slurm/clusters/generic.yaml" in names
     assert {"launch/cli.py", "asr_train/train.py", "asr_train/data/plan.py"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
@@ -70,5 +71,7 @@ def test_an_installed_wheel_finds_its_recipes_from_another_folder(wheel, tmp_pat
     assert where.split() == [str(site / "asr_train" / "__init__.py"), str(site / "launch" / "__init__.py")]
     assert "* name: demo" in run("-m", "launch.cli", "show", "demo")
     assert f"run directory: {elsewhere}" in run(str(site / "bin" / "wavefleet"), "show", "minds14")
+    code = "from launch.cluster import load_cluster; print(load_cluster('test').nodes)"
+    assert run("-c", code).strip() == "2"
     code = "from asr_train import resources; print(resources.find('accelerate_configs', 'cpu'))"
     assert run("-c", code).strip() == str(site / "asr_train" / "share" / "accelerate_configs" / "cpu.yaml")

@@ -1,0 +1,45 @@
+"""`wavefleet stop RUN` and `save RUN`: ask a live training, by a file in its run directory."""
+
+import argparse
+from collections.abc import Sequence
+
+from asr_train import lock
+from asr_train.errors import EXIT_DONE, RunError
+from asr_train.run_dir import RunDir
+from launch.runs import open_run
+
+
+def stop(argv: Sequence[str]) -> int:
+    """Have a training save and stop after its current step."""
+    run = _live(argv, "stop", "save and stop after the current step")
+    _ask(run, "stop")
+    print(f"{run.path}: asked to save and stop; `wavefleet checkpoints {run.path}` shows when it has")
+    return EXIT_DONE
+
+
+def save(argv: Sequence[str]) -> int:
+    """Have a training save and go on."""
+    run = _live(argv, "save", "save after the current step, and go on")
+    _ask(run, "save")
+    print(f"{run.path}: asked to save")
+    return EXIT_DONE
+
+
+def _live(argv: Sequence[str], verb: str, meaning: str) -> RunDir:
+    """The run that the command line names.
+
+    Raises:
+        RunError: nobody trains it now.
+    """
+    parser = argparse.ArgumentParser(prog=f"wavefleet {verb}", description=f"Ask a live training to {meaning}.")
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    run = open_run(parser.parse_args(argv).run)
+    if lock.holder(run.path / "lock.json") is None:
+        raise RunError(f"nobody trains {run.path} now; there is nothing to {verb}")
+    return run
+
+
+def _ask(run: RunDir, kind: str) -> None:
+    run.control.mkdir(exist_ok=True)
+    (run.control / kind).touch()

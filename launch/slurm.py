@@ -1,0 +1,151 @@
+"""What Slurm says of jobs and nodes, and what we ask of it: its own commands, and nothing of Python's heavy libraries.
+
+squeue first; sacct where the job is forgotten there; neither may be reachable, and then our own files must do.
+"""
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asr_train.errors import WavefleetError
+
+_TIMEOUT_S = 30
+_LIVE = (
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT",
+    "SIGNALING",
+)  # fmt: skip
+
+
+class SlurmError(WavefleetError):
+    """A Slurm command failed; the text is its own message."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm knows of a job.
+
+    Attributes:
+        state: PENDING, RUNNING, COMPLETED, TIMEOUT, ...; UNKNOWN when nobody knows it any more.
+        reason: why it is pending, or why it ended.
+        start: when it is expected to start, or started; None when that is not known.
+        nodes: hosts, in Slurm's short form.
+        restarts: how often it was requeued.
+    """
+
+    state: str
+    reason: str = ""
+    start: str | None = None
+    nodes: str = ""
+    restarts: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state in _LIVE
+
+
+def run(*command: str) -> str:
+    """Run a Slurm command; its output.
+
+    Raises:
+        SlurmError: it is missing, failed, or did not answer.
+    """
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"{command[0]} is not on this machine: is this a login node of a Slurm cluster?")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within {_TIMEOUT_S} s; is slurmctld up?") from None
+    if done.returncode != 0:
+        raise SlurmError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def job_state(job_id: str) -> JobState:
+    """What Slurm says of a job now.
+
+    Raises:
+        SlurmError: slurmctld does not answer, and there is no accounting.
+    """
+    try:
+        lines = run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r|%S|%N").splitlines()
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            return _from_accounting(job_id, error)
+        lines = []
+    if not lines:
+        return _from_accounting(job_id, None)
+    state, reason, start, nodes = lines[0].strip().split("|")
+    return JobState(state, reason, None if start == "N/A" else start, nodes, _restarts(job_id))
+
+
+def hostnames(nodes: str) -> list[str]:
+    """`n[1-3]` -> n1, n2, n3."""
+    return run("scontrol", "show", "hostnames", nodes).split()
+
+
+def node_address(node: str) -> str:
+    """An address that other nodes reach a node by: its name where that resolves, else the one that Slurm uses."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        found = re.search(r"NodeAddr=(\S+)", run("scontrol", "show", "node", node))
+        if found is None:
+            raise SlurmError(f"the name {node} does not resolve, and Slurm names no address for it") from None
+        return found[1]
+    return node
+
+
+def release(job_id: str) -> None:
+    """Let a held job start."""
+    run("scontrol", "release", job_id)
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job back into the queue under its own id; ends it here."""
+    run("scontrol", "requeue", job_id)
+
+
+def cancel(job_id: str) -> None:
+    """End a job, or take it out of the queue."""
+    run("scancel", job_id)
+
+
+def jobs_with_comment(comment: str) -> list[str]:
+    """Ids of our live jobs with a comment."""
+    lines = run("squeue", "--noheader", "--me", "--format=%i|%k").splitlines()
+    return [job for line in lines for job, _, text in [line.strip().partition("|")] if text == comment]
+
+
+def estimated_start(sbatch_file: str) -> str:
+    """When Slurm would start a job, in its own words; nothing is submitted."""
+    done = subprocess.run(
+        ["sbatch", "--test-only", sbatch_file], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    )
+    return (done.stderr or done.stdout).strip().removeprefix("sbatch: ")
+
+
+def _restarts(job_id: str) -> int:
+    try:
+        found = re.search(r"Restarts=(\d+)", run("scontrol", "show", "job", job_id))
+    except SlurmError:
+        return 0
+    return int(found[1]) if found else 0
+
+
+def _from_accounting(job_id: str, why: SlurmError | None) -> JobState:
+    """What accounting remembers; `why` squeue could not say is raised where there is none."""
+    try:
+        out = run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State,NodeList")
+    except SlurmError:
+        if why is not None:
+            raise why from None
+        return JobState("UNKNOWN")
+    lines: Sequence[str] = out.splitlines()
+    if not lines:
+        return JobState("UNKNOWN")
+    state, _, nodes = lines[-1].partition("|")
+    return JobState(state.partition(" ")[0], nodes=nodes)

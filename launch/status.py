@@ -1,0 +1,155 @@
+"""`wavefleet status RUN`, `ls`, `why RUN`, `cancel RUN`: how runs are, from Slurm and from their own files.
+
+Slurm may not answer; then what the run's files say is shown, and that Slurm did not answer.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from asr_train import checkpoints, lock
+from asr_train.errors import EXIT_DONE, RunError
+from asr_train.files import read_jsonl
+from asr_train.run_dir import RunDir, read_metrics
+from launch import slurm
+from launch.node_agent import VERDICTS
+from launch.runs import open_run
+from launch.slurm import SlurmError
+from launch.submit import submissions
+
+
+def status(argv: Sequence[str]) -> int:
+    """Print how one run is."""
+    options = _parser("status", "How a run is.", run=True).parse_args(argv)
+    found = describe(open_run(options.run))
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        for key, value in found.items():
+            if value not in (None, "", {}, []):
+                print(f"{key.replace('_', ' '):<16}{_shown(value)}")
+    return EXIT_DONE
+
+
+def list_runs(argv: Sequence[str]) -> int:
+    """Print every run below a folder."""
+    options = _parser("ls", "Every run below a folder.", run=False).parse_args(argv)
+    runs = [RunDir(path.parent) for path in sorted(Path(options.folder).glob("*/run.json"))]
+    found = [describe(run) for run in runs]
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return EXIT_DONE
+    names = ("run", "state", "job", "attempts", "step", "loss", "WER", "why")
+    table = Table(*names, box=None, pad_edge=False, header_style="dim")
+    for row in found:
+        step = f"{row['step']}/{row['max_steps']}" if row["max_steps"] else str(row["step"])
+        table.add_row(
+            str(row["name"]), str(row["state"]), str(row["job_id"] or ""), str(row["attempts"]), step,
+            _shown(row["loss"]), _shown(row["wer"]), str(row["reason"] or ""),
+        )  # fmt: skip
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(table if found else f"no run in {options.folder}")
+    return EXIT_DONE
+
+
+def why(argv: Sequence[str]) -> int:
+    """Print the verdict on the last attempt, with its evidence."""
+    options = _parser("why", "Why the last attempt of a run ended.", run=True).parse_args(argv)
+    run = open_run(options.run)
+    verdicts = [line for line in read_jsonl(run.path / VERDICTS) if "kind" in line]
+    if not verdicts:
+        raise RunError(f"{run.path} has no verdict: no job of it has ended yet")
+    last = verdicts[-1]
+    if options.json:
+        print(json.dumps(last, indent=2, ensure_ascii=False))
+        return EXIT_DONE
+    print(f"{last['kind']}: {last['message']}")
+    for line in last.get("evidence", []):
+        print(f"  {line if isinstance(line, str) else _shown(line)}")
+    return EXIT_DONE
+
+
+def cancel(argv: Sequence[str]) -> int:
+    """End a run's job, or take it out of the queue; nothing is saved that was not saved before."""
+    options = _parser("cancel", "End a run's job without saving.", run=True).parse_args(argv)
+    run = open_run(options.run)
+    live = [entry for entry in submissions(run) if slurm.job_state(entry.job_id).is_live]
+    if not live:
+        raise RunError(f"{run.path} has no job in Slurm; there is nothing to cancel")
+    for entry in live:
+        slurm.cancel(entry.job_id)
+        print(f"{run.path}: job {entry.job_id} cancelled")
+    return EXIT_DONE
+
+
+def describe(run: RunDir) -> dict[str, Any]:
+    """What is known of a run, as plain values."""
+    jobs = submissions(run)
+    slurm_state, problem = None, None
+    if jobs:
+        try:
+            slurm_state = slurm.job_state(jobs[-1].job_id)
+        except SlurmError as error:
+            problem = str(error)
+    lines = list(read_metrics(run))
+    training = [line for line in lines if "loss" in line]
+    last: Mapping[str, Any] = training[-1] if training else {}
+    scores = {line["set"]: line["wer"] for line in lines if "set" in line}
+    begun = [line for line in read_jsonl(run.metrics) if line.get("event") in ("started", "restored")]
+    max_steps = begun[-1]["max_steps"] if begun else None
+    left_s = (max_steps - last["step"]) * last["step_time_s"] if max_steps and last else None
+    saved = checkpoints.whole(run.checkpoints)
+    return {
+        "name": run.path.name,
+        "state": _state(run, slurm_state),
+        "job_id": jobs[-1].job_id if jobs else None,
+        "reason": slurm_state.reason if slurm_state and slurm_state.state == "PENDING" else None,
+        "expected_start": slurm_state.start if slurm_state and slurm_state.state == "PENDING" else None,
+        "nodes": slurm_state.nodes if slurm_state else None,
+        "attempts": run.newest_attempt(),
+        "step": last.get("step", 0),
+        "max_steps": max_steps,
+        "loss": last.get("loss"),
+        "wer": scores,
+        "audio_s_per_s": last.get("audio_s_per_s"),
+        "left_s": left_s,
+        "checkpoint": saved[-1].name if saved else None,
+        "slurm_problem": problem,
+    }
+
+
+def _state(run: RunDir, slurm_state: slurm.JobState | None) -> str:
+    """One word: what Slurm says of a live job, else what the run's files say."""
+    if run.done.exists():
+        return "done"
+    if slurm_state is not None and slurm_state.is_live:
+        return slurm_state.state.lower()
+    if lock.holder(run.path / "lock.json") is not None:
+        return "running"
+    statuses = {outcome["status"] for outcome in run.outcomes().values()}
+    for status_ in ("failed", "stopped"):
+        if status_ in statuses:
+            return status_
+    return "ended" if run.newest_attempt() else "new"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _parser(verb: str, meaning: str, *, run: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"wavefleet {verb}", description=meaning, allow_abbrev=False)
+    if run:
+        parser.add_argument("run", metavar="RUN", help="a run directory, or its name in runs/")
+    else:
+        parser.add_argument("folder", nargs="?", default="runs", help="the folder that runs are in (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
