@@ -7,7 +7,6 @@ stands in `outcome/attempt-A/rank-R.json`, for a launcher passes no worker's exi
 import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan, PlanSettings, check_world_size
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, run_main, say
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
 from asr_train.estimate import quadratic_share
 from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
@@ -247,7 +246,3 @@ def _from_rank_0(value: list[int]) -> list[int]:
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))
