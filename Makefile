@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Recorded telephone prompts with their texts, for recipes/telephone.yaml and its tests; Debian's names.
 SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-exhaustive lint clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
@@ -18,6 +18,10 @@ demo: $(VENV)/demo.installed
 test: $(VENV)/dev.installed
 	@.ci/speech-packages $(SPEECH_PACKAGES)
 	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
+
+# Every fault at every point, on every rank, under every strategy: hours.
+test-exhaustive: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips -m exhaustive --timeout 7200 $(PYTEST)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
