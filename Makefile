@@ -12,7 +12,7 @@ SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
 # A real cluster, and a database for its accounting, that tests start.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-exhaustive lint clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
@@ -20,6 +20,10 @@ demo: $(VENV)/demo.installed
 test: $(VENV)/dev.installed
 	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES)
 	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
+
+# Every fault at every point, on every rank, under every strategy: hours.
+test-exhaustive: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips -m exhaustive --timeout 7200 $(PYTEST)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -220,7 +220,7 @@ class Saver:
         ranks = self.ranks
         files, problem = self._write(staging, tensors(), plain)
         told = ranks.gather((files, problem))
-        problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(told) if text]
+        problems = [text for _, text in told if text]
         path: Path | None = None
         if not problems:
             everything = {name: entry for rank_files, _ in told for name, entry in rank_files.items()}
@@ -258,7 +258,7 @@ class Saver:
             # the same on all ranks: rank 0 reports it
             return {}, causes(error) if self.ranks.rank == 0 else None
         except OSError as error:
-            return {}, str(error)
+            return {}, f"rank {self.ranks.rank}: {error}"
         return files, None
 
     def _commit(self, staging: Path, files: _Files, plain: "_Plain") -> Path:
@@ -297,10 +297,17 @@ class Saver:
             return None, f"{path.name} was written, and is not the same when read again: {why}"
         self._parent = path.name
         if ranks.rank == 0:
-            if self._on_commit is not None:
-                self._on_commit(checkpoint)
+            self._tell_commit(checkpoint)
             self._prune()
         return path, None
+
+    def _tell_commit(self, checkpoint: Checkpoint) -> None:
+        """Call `on_commit`; what it cannot write costs a note, where an error on one rank would end the training."""
+        if self._on_commit is not None:
+            try:
+                self._on_commit(checkpoint)
+            except OSError as error:
+                say(f"{checkpoint.name} is written, and could not be noted: {error}")
 
     def _prune(self) -> None:
         """Delete what need not be kept; a disk that refuses is no reason to end a training."""
@@ -356,6 +363,8 @@ def choose(
             mine = checkpoints.share(candidate, ranks.rank, ranks.world_size)
             told = ranks.gather("; ".join(checkpoints.problems_in(candidate, mine)))
             problem = "; ".join(text for text in told if text) or None
+        if problem is None:
+            problem = ranks.from_rank_0(partial(_unreadable, candidate))
         if problem is not None:
             ranks.from_rank_0(partial(checkpoints.quarantine, candidate, problem))
             if ranks.rank == 0:
@@ -379,6 +388,16 @@ def choose(
             f" removed, go on with {_more(failed, passed_over)}."
         )
     ranks.from_rank_0(lambda: checkpoints.check_start_from_nothing(folder))
+    return None
+
+
+def _unreadable(checkpoint: Checkpoint) -> str | None:
+    """What keeps a checkpoint from being used although its files are those of its manifest: a program in it, say."""
+    try:
+        tensors_in(checkpoint.path / SHARDS)
+        TrainState.from_json(checkpoint.state["train"])
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -542,7 +561,12 @@ class _HashingFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Any:
         with HashedFile(Path(path), self.algorithm) as stream:
-            yield stream
+            try:
+                yield stream
+            except Exception as error:
+                if stream.failure is None:
+                    raise
+                raise stream.failure from error  # torch's own says nothing of a full disk
         self.files[Path(path).name] = {"size": stream.size, "hash": stream.digest}
 
     def rename(self, path: Any, new_path: Any) -> None:

@@ -84,6 +84,8 @@ class Checkpoint:
             content: dict[str, Any] = read_json(self.path / STATE)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / STATE} is damaged: {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get("train"), dict) or "scaler" not in content:
+            raise CheckpointError(f"{self.path / STATE} is damaged: it holds no state of a training")
         return content
 
 

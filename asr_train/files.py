@@ -119,11 +119,13 @@ class HashedFile:
 
     Attributes:
         size: bytes written.
+        failure: the operating system's refusal to write, which who writes may hide behind an error of its own.
     """
 
     def __init__(self, path: Path, algorithm: HashName) -> None:
         self.path = path
         self.size = 0
+        self.failure: OSError | None = None
         self._hash = _HASHES[algorithm]()
         self._stream = path.open("xb", buffering=_CHUNK_BYTES)
 
@@ -141,8 +143,12 @@ class HashedFile:
 
     def write(self, data: Any) -> int:
         """Append bytes."""
-        with _naming(self.path):
-            num_bytes = self._stream.write(data)
+        try:
+            with _naming(self.path):
+                num_bytes = self._stream.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
         self._hash.update(data)
         self.size += num_bytes
         return num_bytes
