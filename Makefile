@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Recorded telephone prompts with their texts, for recipes/telephone.yaml and its tests; Debian's names.
 SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
-# A real cluster, and a database for its accounting, that tests start.
+# A real cluster, and a database for its accounting, that tests start; and what shows the order of system calls.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
+TRACE_PACKAGES := strace
 
 .PHONY: demo test test-exhaustive lint clean
 
@@ -18,7 +19,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/dev.installed
-	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES)
+	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES) $(TRACE_PACKAGES)
 	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
 
 # Every fault at every point, on every rank, under every strategy: hours.
