@@ -16,7 +16,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/dev.installed
-	@.ci/speech-packages $(SPEECH_PACKAGES)
+	@.ci/debian-packages $(SPEECH_PACKAGES) strace
 	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
 
 # Every fault at every point, on every rank, under every strategy: hours.
