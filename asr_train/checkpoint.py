@@ -336,7 +336,7 @@ def choose(
     folder: Path,
     ranks: Ranks,
     *,
-    failures: Mapping[str, int] | None = None,
+    failures: Mapping[int, int] | None = None,
     max_failures: int = 3,
     tell: Callable[[str], None] = say,
 ) -> Checkpoint | None:
@@ -348,7 +348,7 @@ def choose(
     Args:
         folder: the run's folder of checkpoints.
         ranks: all of them.
-        failures: on rank 0, a checkpoint's name -> attempts from it that failed by themselves with nothing new saved.
+        failures: on rank 0, a checkpoint's step -> attempts from it that failed by themselves with nothing new saved.
         max_failures: so many are too many.
         tell: says something to the user, on rank 0.
 
@@ -370,7 +370,7 @@ def choose(
             if ranks.rank == 0:
                 tell(f"{candidate.name} is not whole, and was set aside in {checkpoints.QUARANTINE}/: {problem}")
             continue
-        if failed.get(candidate.name, 0) < max_failures:
+        if failed.get(candidate.step, 0) < max_failures:
             return candidate
         if passed_over is not None:
             raise CheckpointError(
@@ -401,8 +401,8 @@ def _unreadable(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _more(failed: Mapping[str, int], checkpoint: Checkpoint) -> str:
-    return f"checkpoint.max_failed_attempts={failed[checkpoint.name] + 1}"
+def _more(failed: Mapping[int, int], checkpoint: Checkpoint) -> str:
+    return f"checkpoint.max_failed_attempts={failed[checkpoint.step] + 1}"
 
 
 def restore(checkpoint: Checkpoint, parallel: Parallel, ranks: Ranks, facts: Mapping[str, Any]) -> TrainState:

@@ -257,13 +257,14 @@ def kept(candidates: Sequence[Checkpoint], *, last: int, best: int, every: int |
         best: and those with the best so many scores.
         every: and those whose step it divides.
     """
-    ranked = sorted(_ranked(candidates), key=lambda entry: entry[0])
-    names = {checkpoint.name for checkpoint in candidates[-last:]}
+    latest = {checkpoint.step: checkpoint for checkpoint in candidates}  # of several of one step the newest
+    single = sorted(latest.values(), key=lambda checkpoint: order(checkpoint.name))
+    ranked = sorted(_ranked(single), key=lambda entry: entry[0])
+    names = {checkpoint.name for checkpoint in single[-last:]}
     names |= {checkpoint.name for _, checkpoint in ranked[len(ranked) - min(best, len(ranked)) :]}
     if every is not None:
-        names |= {checkpoint.name for checkpoint in candidates if checkpoint.step % every == 0}
-    latest = {checkpoint.step: checkpoint.name for checkpoint in candidates}  # of several of one step the newest
-    return [checkpoint for checkpoint in candidates if checkpoint.name in names and checkpoint.name in latest.values()]
+        names |= {checkpoint.name for checkpoint in single if checkpoint.step % every == 0}
+    return [checkpoint for checkpoint in single if checkpoint.name in names]
 
 
 def remove(path: Path) -> None:

@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from asr_train.checkpoints import order
 from asr_train.config import Recipe
 from asr_train.errors import EXIT_FAILED, RecipeError, RunError
 from asr_train.files import append_jsonl, read_json, read_jsonl, write_json, write_text
@@ -165,23 +166,28 @@ class RunDir:
         record: dict[str, Any] = read_json(self._attempt_file(attempt))
         return record
 
-    def failures(self, recipe: Recipe) -> dict[str, int]:
-        """Checkpoint's name -> attempts from it that failed by themselves with nothing new saved.
+    def failures(self, recipe: Recipe) -> dict[int, int]:
+        """Step of a checkpoint -> attempts from there that failed by themselves with nothing new saved.
 
         An attempt counts when a rank wrote an error that is its own: not one that was ended from outside, by a signal,
-        a time limit or a lost node, nor one that a mistake in the recipe ended, nor those of another recipe.
+        a time limit or a lost node, nor one that a mistake in the recipe ended, nor those of another recipe. What an
+        attempt saves at a step that an earlier one had reached is nothing new.
         """
-        found: dict[str, int] = {}
+        found: dict[int, int] = {}
+        reached = 0
         for number in range(1, self.newest_attempt() + 1):
             try:
-                record = read_json(self._attempt_file(number))
+                record = self.attempt_record(number)
             except (OSError, ValueError):
                 continue
-            name = record.get("resumed_from")
-            if name is None or record.get("committed") or record.get("recipe_hash") != recipe_hash(recipe):
+            before = reached
+            reached = max(reached, _step_of(record.get("resumed_from")), _step_of(record.get("committed")))
+            is_same = record.get("recipe_hash") == recipe_hash(recipe)
+            if record.get("resumed_from") is None or _step_of(record.get("committed")) > before or not is_same:
                 continue
             if any(_failed_by_itself(outcome) for outcome in self.outcomes(number).values()):
-                found[name] = found.get(name, 0) + 1
+                step = _step_of(record["resumed_from"])
+                found[step] = found.get(step, 0) + 1
         return found
 
     def outcomes(self, attempt: int | None = None) -> dict[int, dict[str, Any]]:
@@ -230,6 +236,11 @@ def read_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
         elif "event" not in line:
             last[line["step"], line.get("set", "")] = line
     yield from sorted(last.values(), key=lambda line: (line["step"], line.get("set", "")))
+
+
+def _step_of(checkpoint: str | None) -> int:
+    """Step of a checkpoint's name; 0 for none."""
+    return 0 if checkpoint is None else max(0, order(checkpoint)[0])
 
 
 def _failed_by_itself(outcome: Mapping[str, Any]) -> bool:

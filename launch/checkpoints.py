@@ -44,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_DONE if resumed is not None or not (rows or aside) else EXIT_NO_CHECKPOINT
 
 
-def _resumed(found: Sequence[Checkpoint], failures: Mapping[str, int], max_failures: int) -> Checkpoint | None:
+def _resumed(found: Sequence[Checkpoint], failures: Mapping[int, int], max_failures: int) -> Checkpoint | None:
     """Which one the next attempt goes on from: the newest whole one, or the one before when attempts fail from it."""
     whole = [checkpoint for checkpoint in found if checkpoint.problem is None]
-    newest = [checkpoint for checkpoint in whole[-2:] if failures.get(checkpoint.name, 0) < max_failures]
+    newest = [checkpoint for checkpoint in whole[-2:] if failures.get(checkpoint.step, 0) < max_failures]
     return newest[-1] if newest else None
 
 

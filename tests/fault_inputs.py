@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import hashlib
 import io
-import json
 import os
 import pickle
 import subprocess
@@ -14,9 +13,14 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from damage import edit_manifest
 from ranks import run_ranks
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from asr_train.checkpoints import open_checkpoint
 from asr_train.errors import run_main
+from asr_train.files import file_hash
 
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
 
@@ -100,9 +104,11 @@ class Trap:
 
 def declare(checkpoint):
     """Put the files of a checkpoint into its manifest as they are now, as who meddles with them would."""
-    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    manifest["files"] = {name: (checkpoint / name).stat().st_size for name in manifest["files"]}
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    files = {
+        name: {"size": (checkpoint / name).stat().st_size, "hash": file_hash(checkpoint / name, "xxh3_128")}
+        for name in open_checkpoint(checkpoint).manifest["files"]
+    }
+    edit_manifest(checkpoint, files=files)
 
 
 def set_trap_in_metadata(checkpoint, trap):
@@ -111,14 +117,14 @@ def set_trap_in_metadata(checkpoint, trap):
 
 
 def set_trap_in_a_value(checkpoint, trap):
-    """In a value of the optimizer that is no tensor: its place in the metadata names bytes behind the others."""
+    """In a value that is no tensor: the metadata names bytes behind those of the others."""
     path = checkpoint / "shards" / ".metadata"
     metadata = pickle.loads(path.read_bytes())
-    index = next(key for key in metadata.storage_data if key.fqn == "optimizer.param_groups.0.lr" or ".lr" in key.fqn)
-    place = metadata.storage_data[index]
-    shard = checkpoint / "shards" / place.relative_path
+    shard = next((checkpoint / "shards").glob("*.distcp"))
     data = trap.saved()
-    place.offset, place.length = shard.stat().st_size, len(data)
+    index = MetadataIndex("model.value")
+    metadata.state_dict_metadata["model.value"] = BytesStorageMetadata()
+    metadata.storage_data[index] = _StorageInfo(shard.name, shard.stat().st_size, len(data))
     shard.write_bytes(shard.read_bytes() + data)
     path.write_bytes(pickle.dumps(metadata))
     declare(checkpoint)

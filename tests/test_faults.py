@@ -360,7 +360,8 @@ def test_a_disk_that_fills_up_while_training(recipe_file, finished, tmp_path):
 
     size = sum(path.stat().st_size for path in (finished.checkpoints / "step-0000000001").rglob("*") if path.is_file())
     said, steps, names, outcome = on_small_disk(disk, f"{int(2.6 * size) // 1024}k", story)
-    check_refused(said, EXIT_FAILED, "the checkpoint of step 3 could not be written", "No space left on device")
+    check_refused(said, EXIT_FAILED, "the checkpoint of step 4 could not be written", "No space left on device")
+    assert "the checkpoint of step 3 failed, those before it are untouched" in said.err  # and training went on
     assert steps == [1, 2]
     assert names == ["step-0000000001", "step-0000000002"]
     assert outcome["exit_code"] == EXIT_FAILED
@@ -494,29 +495,33 @@ def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(recipe_fil
     newest = run.checkpoints / "step-0000000002"
     damage(newest)
     said = command(export.main, run.path, "--checkpoint", newest)
-    check_refused(said, EXIT_NO_CHECKPOINT, "nor the path of a whole checkpoint")
+    check_refused(said, EXIT_NO_CHECKPOINT, f"{newest} is damaged")
     goes_on(recipe_file, run, finished)
 
 
-def test_none_whole_is_a_stop_and_nothing_is_touched(recipe_file, run):
+def test_none_whole_is_a_stop_and_nothing_is_lost(recipe_file, run):
     for found in checkpoints.whole(run.checkpoints):
         torn_manifest(found.path)
     work = contents(run.path, *WORK)
-    for program, arguments in (
-        (train.main, (recipe_file, f"run_dir={run.path}")), (evaluate.main, (run.path,)), (export.main, (run.path,)),
-    ):  # fmt: skip
-        check_refused(
-            command_in_rank(program, *arguments), EXIT_NO_CHECKPOINT, "step-0000000001, step-0000000002",
-            "none is whole. Nothing was changed.",
-        )  # fmt: skip
-    assert contents(run.path, *WORK) == work
+    for program, arguments in ((evaluate.main, (run.path,)), (export.main, (run.path,))):
+        check_refused(command_in_rank(program, *arguments), EXIT_NO_CHECKPOINT, "holds no checkpoint that can be used")
+        assert contents(run.path, *WORK) == work
+    said = command_in_rank(train.main, recipe_file, f"run_dir={run.path}")
+    assert said.code == EXIT_NO_CHECKPOINT
+    assert "step-0000000001 is not whole, and was set aside" in said.err
+    assert "Nothing was overwritten." in said.err
+    for name in ("step-0000000001", "step-0000000002"):  # all of it is there, beside the reason
+        (aside,) = (run.checkpoints / ".quarantine").glob(f"{name}-*")
+        files = [path for path in work if path.startswith(f"checkpoints/{name}/")]
+        assert files
+        assert all((aside / path.removeprefix(f"checkpoints/{name}/")).is_file() for path in files)
 
 
-def test_a_state_that_is_damaged_behind_its_manifest_is_named(recipe_file, run):
+def test_a_state_that_is_damaged_is_named_and_the_one_before_is_used(recipe_file, run, finished):
     path = run.checkpoints / "step-0000000002" / "state.json"
     path.write_text("{".ljust(path.stat().st_size))
-    for program, arguments in ((train.main, (recipe_file, f"run_dir={run.path}")), (export.main, (run.path,))):
-        check_refused(command_in_rank(program, *arguments), EXIT_NO_CHECKPOINT, f"{path} is damaged")
+    check_refused(command_in_rank(export.main, run.path), EXIT_NO_CHECKPOINT, "state.json is not what was written")
+    goes_on(recipe_file, run, finished)
 
 
 @pytest.mark.parametrize("set_trap", [set_trap_in_metadata, set_trap_in_a_value])
@@ -524,14 +529,12 @@ def test_a_checkpoint_that_is_a_program_is_not_run(recipe_file, run, trap, set_t
     """Torch itself would: it unpickles a checkpoint's metadata, and all values that are no tensors."""
     for found in checkpoints.whole(run.checkpoints):
         set_trap(found.path, trap)
-    work = contents(run.path, *WORK)
-    said = command_in_rank(train.main, recipe_file, f"run_dir={run.path}")
-    check_refused(said, EXIT_NO_CHECKPOINT, "step-0000000002")
     for program in (evaluate.main, export.main):
-        said = command_in_rank(program, run.path)
-        assert said.code == (EXIT_NO_CHECKPOINT if set_trap is set_trap_in_metadata else EXIT_DONE), said.err
+        assert command_in_rank(program, run.path).code == EXIT_NO_CHECKPOINT
+    said = command_in_rank(train.main, recipe_file, f"run_dir={run.path}")
+    assert said.code == EXIT_NO_CHECKPOINT
+    assert "step-0000000002 is not whole, and was set aside" in said.err
     assert not trap.was_sprung()
-    assert contents(run.path, "checkpoints").items() <= work.items()
 
 
 # --- models -----------------------------------------------------------------------------------------------------
@@ -676,7 +679,7 @@ def test_where_nothing_can_be_trained_no_run_is_begun(
         (evaluate.main, ["FILE"], EXIT_USAGE, "neither a run directory"),
         (evaluate.main, ["RUN", "--data", "EMPTY"], EXIT_FAILED, "no audio files"),
         (evaluate.main, ["RUN", "--data", "none.csv"], EXIT_FAILED, "no such file"),
-        (evaluate.main, ["RUN", "--checkpoint", "FILE"], EXIT_NO_CHECKPOINT, "nor the path of a whole checkpoint"),
+        (evaluate.main, ["RUN", "--checkpoint", "FILE"], EXIT_NO_CHECKPOINT, "nor the path of a checkpoint"),
         (evaluate.main, ["RUN", "--out", "FILE"], EXIT_FAILED, "File exists"),
         (export.main, ["NONE"], EXIT_USAGE, "no run directory"),
         (export.main, ["EMPTY"], EXIT_USAGE, "no run directory"),
@@ -751,7 +754,7 @@ def test_exit_codes_of_the_real_command(recipe_file, run, tmp_path):
     cases = {
         EXIT_USAGE: ([f"run_dir={tmp_path / 'new'}", "--accelerate", config], ["mixed_precision: bf16", "fp32 here"]),
         EXIT_FAILED: ([f"run_dir={tmp_path / 'wild'}", *wild], ["1 steps in a row were not finite"]),
-        EXIT_NO_CHECKPOINT: ([f"run_dir={run.path}"], ["none is whole"]),
+        EXIT_NO_CHECKPOINT: ([f"run_dir={run.path}"], ["no checkpoint that can be used"]),
     }
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     line = [sys.executable, "-m", "launch.cli", "train", str(recipe_file), "--processes", "1"]
