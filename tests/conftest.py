@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.prepare import prepare
 from asr_train.recipe import decode_recipe, dump_recipe
+
+# A shell's background job, as CI may be, ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RATE = 16_000
 WORDS = ["one", "two", "tree", "seven", "noon", "sell", "bill", "add", "a", "to", "tell", "soon"]

@@ -126,8 +126,6 @@ def start_parent(program, stdin=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell's background job, as CI may be, ignores it, and so would all that it starts
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     assert process.stdout.readline() == "ready\n"
     return process
