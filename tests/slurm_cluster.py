@@ -187,10 +187,10 @@ class SlurmCluster:
         self._start_node(node)
         if self.node_states()[node].startswith(_UNUSABLE):
             try:
-            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        except CommandError as error:  # it is back in service by itself already
-            if "Invalid node state" not in str(error):
-                raise
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            except CommandError as error:  # it is back in service by itself already
+                if "Invalid node state" not in str(error):
+                    raise
         self._until(lambda: self.node_states()[node] == "IDLE", lambda: f"{node} is {self.node_states()[node]}")
 
     def kill_controller(self) -> None:
