@@ -430,11 +430,16 @@ def restore(checkpoint: Checkpoint, parallel: Parallel, ranks: Ranks, facts: Map
 
 
 def check_belongs(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another corpus or plan.
+    """Refuse a checkpoint of another run, corpus or plan.
 
     Raises:
         CheckpointError: says which differ.
     """
+    if checkpoint.manifest.get("run_id") != facts.get("run_id"):
+        raise CheckpointError(
+            f"{checkpoint.path} is a checkpoint of another run: {checkpoint.manifest.get('run_id')}, and this is"
+            f" {facts['run_id']}. Take it away; to start from its weights, name it as model.init_from."
+        )
     keys = {"corpus_hash": "corpus", "plan_hash": "plan of the data"}
     differ = [key for key in keys if checkpoint.manifest.get(key) != facts[key]]
     if differ:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -250,3 +251,20 @@ def test_sha256_verifies_too(recipe):  # noqa: F811
         assert entry["hash"] == hashlib.sha256((newest.path / name).read_bytes()).hexdigest()
     flip_bit(newest.path / "state.json")
     assert "state.json is not what was written: its sha256 differs" in checkpoints.verify(newest).problem
+
+
+def test_a_checkpoint_of_another_run_is_refused(recipe):  # noqa: F811
+    """Whole, and of the same recipe: put there by hand, or by a copy that went wrong."""
+    one, two = recipe("one", max_steps=3), recipe("two", max_steps=3)
+    assert run_ranks(1, train, one) == run_ranks(1, train, two) == [0]
+    first, second = (RunDir(Path(made.run_dir)) for made in (one, two))
+    shutil.rmtree(second.checkpoints)
+    shutil.copytree(first.checkpoints, second.checkpoints)
+    second.done.unlink()
+
+    def refused():
+        with pytest.raises(CheckpointError, match="is a checkpoint of another run"):
+            train(two)
+
+    run_ranks(1, refused)
+    assert second.outcomes()[0]["exit_code"] == 5
