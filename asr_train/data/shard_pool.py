@@ -1,7 +1,6 @@
 """The work of a corpus cut into shards, and the processes that do it."""
 
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,13 +75,13 @@ def write_shards(
                 bar.advance(write_shard(*work(shard)))
             return
         context = multiprocessing.get_context("spawn")
-        stop = context.Event()
-        with ProcessPoolExecutor(num_proc, context, end_with_parent, (os.getpid(), stop)) as pool:
+        theirs, ours = context.Pipe(duplex=False)
+        with theirs, ours, ProcessPoolExecutor(num_proc, context, end_with_parent, (theirs,)) as pool:
             try:
                 for count in _in_flight(pool, map(work, shards), num_proc + 1):
                     bar.advance(count)
             except BaseException as error:
-                stop.set()  # else Ctrl-C would wait for the shards in work
+                ours.close()  # else Ctrl-C would wait for the shards in work
                 if not isinstance(error, BrokenProcessPool):
                     raise
                 raise CorpusError(

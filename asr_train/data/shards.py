@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,16 +94,19 @@ def rejected_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.rejected.jsonl"
 
 
-def end_with_parent(parent: int, stop: Event) -> None:
+def end_with_parent(stop: Connection) -> None:
     """Let this worker end when the process that started it says so, or is gone: an orphan would wait for ever.
 
     Ctrl-C is left to that process, which says what happened.
+
+    Args:
+        stop: whose other end that process alone has, and closes. (An event would have it wait for every worker that
+            waits for the event, a killed one too.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == parent and not stop.wait(0.5):
-            pass
+        stop.poll(None)  # until the other end is closed
         os._exit(1)
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
