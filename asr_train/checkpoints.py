@@ -29,6 +29,7 @@ from asr_train.files import file_hash, fsync_dir, hash_json, read_json, write_js
 MANIFEST: Final = "MANIFEST.json"
 STATE: Final = "state.json"
 SHARDS: Final = "shards"
+GENERATORS: Final = "generators"
 QUARANTINE: Final = ".quarantine"
 _NAME = re.compile(r"step-(\d{10})(?:\.(\d+))?")
 _STAGING = re.compile(r"\.staging-(\d+)-.*")
@@ -100,6 +101,11 @@ def name_for(folder: Path, step: int) -> str:
     name = f"step-{step:010d}"
     taken = [order(path.name)[1] for path in folder.glob(f"{name}*") if order(path.name)[0] == step]
     return f"{name}.{max(taken) + 1}" if taken else name
+
+
+def generators_file(rank: int) -> str:
+    """Where a rank's random generators are in a checkpoint."""
+    return f"{GENERATORS}/rank-{rank}.json"
 
 
 def staging_name(attempt: int) -> str:

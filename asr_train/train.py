@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from asr_train import checkpoints, strategy
-from asr_train.checkpoint import Ranks, Saver, choose, restore
+from asr_train.checkpoint import Ranks, Saver
 from asr_train.checkpoints import Checkpoint
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
@@ -29,6 +29,7 @@ from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_differe
 from asr_train.optim import build_optimizer
 from asr_train.prepare import prepare, wait_for_corpus
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
+from asr_train.restore import choose, restore
 from asr_train.run_dir import RunDir, library_versions, locked_message
 from asr_train.score import check_metrics
 from asr_train.state import TrainState

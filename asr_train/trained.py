@@ -7,7 +7,6 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from asr_train import checkpoints
-from asr_train.checkpoint import load_weights
 from asr_train.checkpoints import Checkpoint
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
@@ -15,6 +14,7 @@ from asr_train.errors import CheckpointError, RecipeError
 from asr_train.model import SpeechModel, build_model
 from asr_train.optim import is_head
 from asr_train.prepare import prepare
+from asr_train.restore import load_weights
 from asr_train.run_dir import RunDir
 
 _OTHER_HEAD = ", without their head, which is for another vocabulary"

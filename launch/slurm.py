@@ -120,14 +120,6 @@ def jobs_with_comment(comment: str) -> list[str]:
     return [job for line in lines for job, _, text in [line.strip().partition("|")] if text == comment]
 
 
-def estimated_start(sbatch_file: str) -> str:
-    """When Slurm would start a job, in its own words; nothing is submitted."""
-    done = subprocess.run(
-        ["sbatch", "--test-only", sbatch_file], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-    )
-    return (done.stderr or done.stdout).strip().removeprefix("sbatch: ")
-
-
 def _restarts(job_id: str) -> int:
     try:
         found = re.search(r"Restarts=(\d+)", run("scontrol", "show", "job", job_id))

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
 import uuid
 from pathlib import Path
 
@@ -59,18 +58,6 @@ def check_running(code: Path) -> None:
         found = Path(module.__file__ or "").resolve()
         if not found.is_relative_to(code.resolve()):
             raise RunError(f"{name} comes from {found}, and should come from the run's own copy in {code}")
-
-
-def git_state(root: Path) -> str:
-    """Commit and uncommitted changes of a checkout, as text; empty where it is none."""
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain"], ["diff", "HEAD"])
-    texts = []
-    for command in commands:
-        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            return ""
-        texts.append(done.stdout)
-    return "\n".join(texts)
 
 
 def _hash(sources: set[Path], root: Path) -> str:

@@ -15,12 +15,12 @@ from transformers import AutoModelForCTC, AutoProcessor, pipeline
 
 from asr_train import export as export_module
 from asr_train import model_card
-from asr_train.checkpoint import load_weights
 from asr_train.checkpoints import newest
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CHECKPOINT, EXIT_USAGE, ModelError, run_main
 from asr_train.export import export, main
 from asr_train.files import read_json, read_jsonl
 from asr_train.model import build_model, load_exported
+from asr_train.restore import load_weights
 from asr_train.run_dir import RunDir
 from asr_train.train import train
 from asr_train.trained import load_trained
