@@ -48,11 +48,8 @@ _OURS_SRUN = (
 class AgentSettings:
     """What the node agent needs of a profile: plain values, `AgentSettings(**json.loads(...))` reads them back."""
 
-    num_nodes: int
     processes_per_node: int
-    gpus_per_node: int
     accelerate: str  # a shipped config's name, or an absolute path
-    environment: Mapping[str, str]
     signal_lead_s: int
     process_group_timeout_s: int
     rendezvous_interface: str | None
@@ -79,25 +76,20 @@ def load_cluster(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Clu
     return _absolute(decode(_CLUSTER, Cluster, values, str(path), problems, _contradictions))
 
 
-def agent_settings(cluster: Cluster, *, nodes: int | None = None) -> AgentSettings:
-    """What the node agent is told; nodes is the profile's unless given.
-
-    Raises:
-        RecipeError: the accelerate config does not fit so many nodes.
-    """
-    placed = cluster if nodes is None else replace(cluster, nodes=nodes)
-    if problems := _accelerate_problems(placed):
-        raise RecipeError("; ".join(problems))
+def agent_settings(cluster: Cluster) -> AgentSettings:
+    """What the node agent is told."""
     return AgentSettings(
-        num_nodes=placed.nodes,
-        processes_per_node=placed.num_processes,
-        gpus_per_node=placed.gpus_per_node,
-        accelerate=_accelerate(placed),
-        environment=environment(placed),
-        signal_lead_s=placed.signal_lead_s,
-        process_group_timeout_s=placed.process_group_timeout_s,
-        rendezvous_interface=placed.rendezvous_interface,
+        processes_per_node=cluster.num_processes,
+        accelerate=_accelerate(cluster),
+        signal_lead_s=cluster.signal_lead_s,
+        process_group_timeout_s=cluster.process_group_timeout_s,
+        rendezvous_interface=cluster.rendezvous_interface,
     )
+
+
+def site_folder(cluster: Cluster, name: str) -> Path:
+    """Where what is learned of a cluster is kept for all its runs: excluded nodes, what `doctor` found."""
+    return Path(cluster.shared or "~/.wavefleet").expanduser() / Path(name).stem
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -235,6 +227,7 @@ def _absolute(cluster: Cluster) -> Cluster:
     return replace(
         cluster,
         cache=None if cluster.cache is None else full(cluster.cache),
+        shared=None if cluster.shared is None else full(cluster.shared),
         accelerate=file_or_name(cluster.accelerate),
         container=replace(container, image=file_or_name(container.image), mounts=tuple(map(mounted, container.mounts))),
     )

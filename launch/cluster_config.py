@@ -130,6 +130,13 @@ class Cluster(_Strict):
     )
     processes_per_node: Count | None = setting("training processes a node; null is one a GPU, or one", None)
     process_group_timeout_s: Count = setting("seconds a collective waits for a missing rank before it fails", 1800)
+    continuation: Literal["auto", "requeue", "successor"] = setting(
+        "how a run goes on: its job put back into the queue, or another job; auto is what `doctor` found to work",
+        "auto",
+    )
+    shared: Text | None = setting(
+        "folder that all nodes share, for what is learned of the cluster; null is ~/.wavefleet", None
+    )
     rendezvous_interface: Interface | None = setting("network interface that ranks meet on, `ib0` say", None)
 
     @property
