@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from asr_train.checkpoints import order
 from asr_train.config import Recipe
@@ -35,6 +35,7 @@ from asr_train.files import append_jsonl, read_json, read_jsonl, write_json, wri
 from asr_train.lock import HeartbeatLock, LockHeldError
 from asr_train.recipe import dump_recipe, identity, read_resolved, recipe_hash
 
+LAUNCH: Final = "WAVEFLEET_LAUNCH"  # variable with the name of the launch that an attempt belongs to
 _LIBRARIES = ("wavefleet", "torch", "transformers", "accelerate", "datasets", "numpy", "deepspeed")
 
 
