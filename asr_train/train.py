@@ -31,7 +31,7 @@ from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
 from asr_train.restore import choose, restore
-from asr_train.run_dir import LAUNCH, RunDir, library_versions, locked_message
+from asr_train.run_dir import RunDir, library_versions, locked_message
 from asr_train.score import check_metrics
 from asr_train.state import TrainState
 from asr_train.stop import Requests, StopFlag, follow_launcher
@@ -77,7 +77,7 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
                 say(f"{run.path} is done already; evaluate, export or transcribe with it")
             return EXIT_DONE
         # the attempt's number; other ranks learn it from rank 0, and write nothing before, for it might be another's
-        facts = {"world_size": world_size, "recipe_hash": recipe_hash(recipe), "launch": os.environ.get(LAUNCH)}
+        facts = {"world_size": world_size, "recipe_hash": recipe_hash(recipe)}
         attempt = [run.start_attempt(facts)] if rank == 0 else []
         try:
             status, step = _attempt(recipe, run, attempt, stop, requests, phase)

@@ -1,7 +1,7 @@
 """The hang detector: a limit for each phase, the stacks of all ranks before anything is ended, and who is to blame.
 
 Each node's agent watches the ranks of its own node, and asks at every poll. The one that sees a phase go past its limit
-tells the others by a file in a folder that they share, `hangs/<launch>/` of the run directory; all of them write their
+tells the others by a file in a folder that they share, `hangs/<start>/` of the run directory; all of them write their
 ranks' stacks and states there, wait for each other a little, and then each ends what it started.
 """
 
@@ -55,7 +55,7 @@ class HangWatch:
         Args:
             ranks: of this node.
             limits: of the run's recipe.
-            shared: folder for this launch's hangs, the same on all nodes; made when there is one.
+            shared: folder for this start's hangs, the same on all nodes; made when there is one.
             node: number of this node.
             num_nodes: all nodes.
             host: this node's name; the machine's own when empty.
@@ -155,7 +155,7 @@ class HangWatch:
 
 
 def found(shared: Path) -> Hang | None:
-    """The hang that the agents of a launch wrote down in their folder, if they did."""
+    """The hang that the agents of a start wrote down in their folder, if they did."""
     seen = sorted(_read_all(shared, "hang-*.json"), key=lambda content: float(content["time"]))
     if not seen:
         return None

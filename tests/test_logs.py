@@ -10,6 +10,8 @@ import pytest
 from asr_train.files import append_jsonl, write_json
 from asr_train.run_dir import RunDir
 from launch import cli
+from launch.logs import _Life
+from launch.starts import Start
 from launch.verdict import Line, Verdict
 
 LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:5"
@@ -24,10 +26,10 @@ def run(tmp_path):
     return found
 
 
-def wrote(run, launch, rank, text, *, stream="stderr", per_node=2):
+def wrote(run, start, rank, text, *, stream="stderr", per_node=2):
     """What a rank wrote, where torchrun puts it."""
     node, local_rank = divmod(rank, per_node)
-    path = run.path / "logs" / launch / f"node-{node}" / "run_x7" / "attempt_0" / str(local_rank) / f"{stream}.log"
+    path = run.path / "logs" / start / f"node-{node}" / "run_x7" / "attempt_0" / str(local_rank) / f"{stream}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(text)
@@ -39,14 +41,20 @@ def agent_wrote(run, job, node, text, stream="err"):
     path.write_text(text)
 
 
-def began(run, launch, attempt=None, *, started=0.0, num_nodes=2):
-    """A launch with its agents, and the attempt that it made."""
+def began(run, name, attempt=None, *, started=0.0, num_nodes=2):
+    """A start with its agents, and the attempt that it made."""
+    hosts = tuple(f"n{node + 1}" for node in range(num_nodes))
+    start = Start(name=name, hosts=hosts, processes_per_node=2, time=started, job_id=name.partition(".")[0])
+    start.write(run)
     for node in range(num_nodes):
-        path = run.path / "agents" / launch / f"node-{node}.json"
-        write_json(path, {"host": f"n{node + 1}", "pid": 1, "started": started})
-        os.utime(path, (1, 1))  # its heart beats no more
+        start.meeting(run, node).beat()
+        os.utime(heart(run, name, node), (1, 1))  # it beats no more
     if attempt is not None:
-        write_json(run.path / "attempts" / f"attempt-{attempt:03d}.json", {"attempt": attempt, "launch": launch})
+        write_json(run.path / "attempts" / f"attempt-{attempt:03d}.json", {"attempt": attempt, "start": name})
+
+
+def heart(run, name, node=0):
+    return run.path / "agents" / name / f"node-{node}.json"
 
 
 def ended(run, attempt, rank, message, *, at, lost_peer=False):
@@ -125,9 +133,11 @@ def test_what_is_not_there_is_named(run, capsys, arguments, message):
 
 
 def test_a_run_that_no_agent_started_says_so(run, capsys):
-    assert "no node agent" in logs(run, capsys, code=2)
-    write_json(run.path / "attempts" / "attempt-001.json", {"attempt": 1, "launch": None})
+    assert "has no logs" in logs(run, capsys, code=2)
+    write_json(run.path / "attempts" / "attempt-001.json", {"attempt": 1, "start": None})
     assert "wrote where it was started" in logs(run, capsys, "--attempt", "1", code=2)
+    began(run, "local.1", num_nodes=1)
+    assert "where `wavefleet train` was started" in logs(run, capsys, code=2)
 
 
 def test_the_first_error_is_the_one_that_was_first_and_no_lost_peer(run, capsys):
@@ -166,7 +176,7 @@ def test_after_a_hang_the_verdict_says_the_rank_and_its_stacks_are_shown(run, ca
     (run.path / "hangs" / "7.0").mkdir(parents=True)
     (run.path / "hangs" / "7.0" / "rank-1.txt").write_text("rank 1 on n1: phase step at step 5; state T\n")
     hung = Verdict(kind="hang", rank=1, host="n1", evidence=(Line(text="hung in phase step at step 5"),))
-    append_jsonl(run.path / "verdicts.jsonl", {"job": "7.0", **hung.to_json()})
+    append_jsonl(run.path / "verdicts.jsonl", {"start": "7.0", "time": 50.0, **hung.to_json()})
     said = logs(run, capsys, "--first-error")
     assert said.startswith("rank 1 on n1 failed first: hung in phase step at step 5")
     assert "state T" in said
@@ -178,7 +188,7 @@ def test_no_error_is_said(run, capsys):
     wrote(run, "7.0", 0, "all well\n")
     assert logs(run, capsys, "--first-error") == "no rank says that it failed\n"
     done = Verdict(kind="done", message="The run is done.")
-    append_jsonl(run.path / "verdicts.jsonl", {"job": "7.0", **done.to_json()})
+    append_jsonl(run.path / "verdicts.jsonl", {"start": "7.0", "time": 50.0, **done.to_json()})
     assert logs(run, capsys, "--first-error") == "done: The run is done.\n"
 
 
@@ -186,10 +196,9 @@ def lines_of(process, number):
     return [process.stdout.readline().decode().rstrip("\n") for _line in range(number)]
 
 
-def test_following_shows_what_comes_of_every_launch_until_the_run_ends(run):
+def test_following_shows_what_comes_of_every_start_until_the_run_ends(run):
     began(run, "7.0", 1, started=10)
-    beat = run.path / "agents" / "7.0" / "node-0.json"
-    os.utime(beat)
+    os.utime(heart(run, "7.0"))
     wrote(run, "7.0", 0, "was there\nhalf a li")
     command = [sys.executable, "-m", "launch.cli", "logs", str(run.path), "--follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -199,7 +208,7 @@ def test_following_shows_what_comes_of_every_launch_until_the_run_ends(run):
         wrote(run, "7.0", 1, "another file\n")
         assert lines_of(process, 1) == ["rank 1 | another file"]
         began(run, "7.1", 2, started=20)
-        os.utime(run.path / "agents" / "7.1" / "node-0.json")
+        os.utime(heart(run, "7.1"))
         wrote(run, "7.1", 0, "again\n")
         assert lines_of(process, 2) == ["--- 7.1 ---", "again"]
         wrote(run, "7.1", 0, "the end, without a newline")
@@ -212,7 +221,7 @@ def test_following_shows_what_comes_of_every_launch_until_the_run_ends(run):
 def test_following_one_rank_of_one_attempt_ends_with_it(run):
     began(run, "7.0", 1, started=10)
     began(run, "7.1", 2, started=20)
-    os.utime(run.path / "agents" / "7.1" / "node-0.json")
+    os.utime(heart(run, "7.1"))
     wrote(run, "7.0", 0, "zero\n")
     wrote(run, "7.0", 1, "one\n")
     command = ["logs", str(run.path), "--follow", "--attempt", "1", "--rank", "1"]
@@ -222,3 +231,22 @@ def test_following_one_rank_of_one_attempt_ends_with_it(run):
     )
     assert done.stdout == "one\n"
     assert time.monotonic() - began_s < 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "action", "wait_s", "is_over"),
+    [("failed", "stop", 0.0, True), ("hang", "retry", 0.0, False), ("network", "retry", 600.0, False)],
+)
+def test_a_run_that_will_be_tried_again_is_not_over(run, kind, action, wait_s, is_over):
+    """Between two starts nobody trains; the wait of a failure of the network may be long."""
+    began(run, "local.1", 1, started=time.time() - 1000, num_nodes=1)
+    assert not _Life(run).goes_on()
+    judged = Verdict(kind=kind, action=action, wait_s=wait_s)
+    ago_s = 500 if wait_s else 1
+    append_jsonl(run.path / "verdicts.jsonl", {"start": "local.1", "time": time.time() - ago_s, **judged.to_json()})
+    assert _Life(run).goes_on() is not is_over
+
+
+def test_a_start_that_has_just_begun_is_not_over(run):
+    began(run, "local.1", started=time.time(), num_nodes=1)
+    assert _Life(run).goes_on()
