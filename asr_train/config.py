@@ -258,7 +258,7 @@ class LimitSettings(_Strict):
     start_s: Positive = setting("seconds without a sign of life, before the first step, that make a hang", 1800.0,
                                 defines_run=False)  # fmt: skip
     step_s: Positive | None = setting(
-        "the same in a step; null is 20 times the attempt's usual step, and 300 at least", None, defines_run=False
+        "the same in a later step; null is 20 times the attempt's usual step, and 300 at least", None, defines_run=False
     )
     checkpoint_s: Positive = setting("the same while a checkpoint is written, and at the end", 1800.0,
                                      defines_run=False)  # fmt: skip

@@ -126,10 +126,9 @@ class HangWatch:
         """Seconds that a rank may stay where it is; None for ever."""
         limits = self._limits
         if rank.phase == "step":
-            if limits.step_s is not None:
-                return limits.step_s
-            # nothing is known before the first step is made, and that one may compile and warm up
-            return limits.start_s if rank.step_s is None else max(_MIN_STEP_S, _USUAL_STEPS * rank.step_s)
+            if rank.step_s is None:  # the first one is not like the others: it compiles, and connects ranks
+                return max(limits.start_s, limits.step_s or 0.0)
+            return limits.step_s or max(_MIN_STEP_S, _USUAL_STEPS * rank.step_s)
         limit_of = {"start": limits.start_s, "checkpoint": limits.checkpoint_s, "evaluation": limits.evaluation_s}
         # how long a corpus takes to prepare depends on the data alone; and the end waits for a checkpoint
         return None if rank.phase == "prepare" else limit_of.get(rank.phase, limits.checkpoint_s)
