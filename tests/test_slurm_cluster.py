@@ -41,11 +41,6 @@ def wrap(task):
     return ("--wrap", f"exec srun --quiet {task} agent 2>/dev/null")
 
 
-def when(output, text):
-    """The second at which a job said a text."""
-    return int(re.search(rf"^(\d+) .*{re.escape(text)}$", output, re.MULTILINE)[1])
-
-
 def processes_with(folder):
     """Living processes that name a folder in their arguments or their environment."""
     found = []
