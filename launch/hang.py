@@ -5,11 +5,13 @@ tells the others by a file in a folder that they share, `hangs/<start>/` of the 
 ranks' stacks and states there, wait for each other a little, and then each ends what it started.
 """
 
+import os
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +22,7 @@ from asr_train.errors import say
 from asr_train.files import read_json, write_json
 from asr_train.phase import FOLDER, RECORD_BYTES, record_file
 from launch.ranks import RankState, read_rank
-from launch.stacks import STOPPED, collect, nccl_variables
+from launch.stacks import STOPPED, collect, keep_nccl, nccl_variables
 from launch.verdict import Hang
 
 _LOOK_S = 1.0
@@ -65,13 +67,14 @@ class HangWatch:
         self._node, self._num_nodes, self._host = node, num_nodes, host or socket.gethostname()
         self._clock = clock
         self._folder = Path(tempfile.mkdtemp(prefix="wavefleet-"))
-        for rank in self._ranks:  # room for their records, for a disk may fill up
+        for rank in self._ranks:  # a disk that fills up later takes no rank's record away
             record_file(self._folder, rank).write_bytes(b" " * RECORD_BYTES)
         self._last_s = clock()
         self._paused_s = 0.0
         self._next_s = self._next_around_s = self._now_s()
         self._seen = {rank: (0, self._now_s()) for rank in self._ranks}  # changes, since when
-        self.environment = {FOLDER: str(self._folder), **nccl_variables(self._folder)}
+        own = {name: value for name, value in nccl_variables(self._folder).items() if name not in os.environ}
+        self.environment = {FOLDER: str(self._folder), **own}
 
     def __enter__(self) -> Self:
         return self
@@ -79,6 +82,8 @@ class HangWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):
+            keep_nccl(self._folder, self._shared)  # what it wrote when one of its own timeouts came first
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def look(self) -> bool:
@@ -92,14 +97,17 @@ class HangWatch:
         self._next_s = now_s + _LOOK_S
         ranks = self._read(now_s)
         late = [(rank, limit) for rank in ranks if (limit := self._limit(rank)) is not None and rank.idle_s > limit]
-        if late:
-            self._tell(*late[0])
-        elif not self._is_told(now_s):
+        if not late and not self._is_told(now_s):
             return False
-        found = collect(ranks, self._folder, self._shared)
-        content = {"node": self._node, "host": self._host, "ranks": [rank.to_json() for rank in found]}
-        write_json(self._shared / f"ranks-{self._node}.json", content)
-        self._wait_for_others()
+        try:
+            if late:
+                self._tell(*late[0])
+            seen = collect(ranks, self._folder, self._shared)
+            content = {"node": self._node, "host": self._host, "ranks": [rank.to_json() for rank in seen]}
+            write_json(self._shared / f"ranks-{self._node}.json", content)
+            self._wait_for_others()
+        except OSError as error:  # a full disk; the hang is to be ended all the same
+            say(f"not all of the hang could be written down: {error}")
         return True
 
     def _now_s(self) -> float:

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -97,14 +96,19 @@ def _silence(rank: RankState) -> str:
 
 
 def _collect_nccl(phases: Path, out: Path) -> None:
-    """Ask for NCCL's records through its pipes, wait until they are written, copy them."""
+    """Ask for NCCL's records through its pipes, wait until they are there, copy them."""
     asked = [path for path in phases.glob(f"{_NCCL_PIPE}*") if path.is_fifo() and _write_byte(path)]
     until = time.monotonic() + _NCCL_S
     while len(list(phases.glob(f"{_NCCL_TRACE}*"))) < len(asked) and time.monotonic() < until:
         time.sleep(_POLL_S)
+    keep_nccl(phases, out)
+
+
+def keep_nccl(phases: Path, out: Path) -> None:
+    """Copy the records of collectives that NCCL wrote, if it did."""
     for path in phases.glob(f"{_NCCL_TRACE}*"):
-        with suppress(OSError):
-            shutil.copyfile(path, out / path.name)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / path.name)
 
 
 def _write_byte(pipe: Path) -> bool:

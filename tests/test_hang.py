@@ -311,6 +311,27 @@ def test_nccl_is_asked_for_its_record_of_collectives(watched, clock):
     assert (watch._shared / Path(trace).name).read_text() == "collectives"
 
 
+def test_what_nccl_writes_when_its_own_timeout_comes_first_is_kept(tmp_path):
+    with HangWatch([0], LIMITS, tmp_path / "hangs" / "7.0") as watch:
+        Path(watch.environment["TORCH_FR_DUMP_TEMP_FILE"] + "0").write_text("collectives")
+    assert (tmp_path / "hangs" / "7.0" / "nccl-trace-0").read_text() == "collectives"
+    assert hang.found(tmp_path / "hangs" / "7.0") is None
+
+
+def test_variables_that_a_person_set_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "50")
+    with HangWatch([0], LIMITS, tmp_path) as watch:
+        assert "TORCH_FR_BUFFER_SIZE" not in watch.environment
+
+
+def test_a_full_disk_ends_a_hang_all_the_same(watched, clock, tmp_path, capsys):
+    (tmp_path / "hangs").write_text("no folder can be made here")
+    watch, rank = watched()
+    rank.show("checkpoint", 5)
+    assert passes(watch, clock, 202)
+    assert "could be written down" in capsys.readouterr().err
+
+
 def test_a_training_that_waits_for_data_on_one_rank(recipe, tmp_path):  # noqa: F811
     """Rank 1 gets no data for step 3; rank 0 waits for its gradients, in the same step."""
     shared = tmp_path / "hangs" / "7.0"

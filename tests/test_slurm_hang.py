@@ -117,4 +117,8 @@ def test_on_this_machine_too(recipe_file, expected, tmp_path):
     assert second["kind"] == "done"
     assert_hang_is_explained(first, folder)
     assert "this is a hang" in said
+    logs = [*WAVEFLEET, "logs", str(folder), "--rank", "0", "--attempt"]
+    first, second = (subprocess.check_output([*logs, number], text=True) for number in "12")
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" not in first
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in second
     assert_went_on(folder, expected)
