@@ -23,6 +23,7 @@ from launch.child import Signals, nobody, run_child
 from launch.cluster import accelerate_config
 from launch.collect import conclude
 from launch.hang import HangWatch
+from launch.log_files import heading
 from launch.notify import notify
 from launch.placement import Rendezvous, place
 from launch.rendezvous import Meeting
@@ -80,6 +81,7 @@ def run_node(run_dir: Path, environ: Mapping[str, str]) -> Verdict | None:
     signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler has nothing to do here
     with signals.installed():
         node = _node(RunDir(run_dir), environ, signals)
+        say(heading(node.start, node.number))
         if node.number == 0:
             _judge_before(node)
             node.start.write(node.run)
