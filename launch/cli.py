@@ -22,6 +22,7 @@ VERBS = {
     "prepare": Verb("asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed"),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
     "submit": Verb("launch.submit:main", "train on a Slurm cluster; the same command again says which job does"),
+    "doctor": Verb("launch.doctor:main", "what a Slurm cluster can do, and what that means for runs there"),
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
     "why": Verb("launch.status:why", "why the last attempt of a run ended, with the evidence"),

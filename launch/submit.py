@@ -20,7 +20,7 @@ from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import append_jsonl, read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import slurm, snapshot
+from launch import signal_lead, slurm, snapshot
 from launch.cluster import agent_settings, load_cluster
 from launch.cluster_config import Cluster
 from launch.node_agent import SETTINGS, VERDICTS, NodeAgent
@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     cluster = load_cluster(options.cluster, changes)
     run = RunDir(run_directory(recipe))
     _check_size(recipe, cluster)
+    if lead_problem := signal_lead.problem_of(run, cluster.signal_lead_s):
+        say(f"warning: {lead_problem}")
     if options.dry_run:
         print(_text(run, recipe, cluster), end="")
         return EXIT_DONE
