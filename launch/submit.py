@@ -31,6 +31,7 @@ from launch.slurm import JobState, SlurmError
 from launch.starts import retried
 from launch.task import Task
 
+_MAIL = "END,FAIL,INVALID_DEPEND"  # not REQUEUE: a run that goes on needs nobody
 _PRIVATE, _READABLE = 0o700, 0o755
 
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     """Submit a training, or say which job does it already."""
     options = _parser().parse_intermixed_args(argv)
     overrides, changes = split_overrides(options)
+    if options.mail:
+        changes += [f"sbatch.mail-user={options.mail}", f"sbatch.mail-type={_MAIL}"]
     recipe = load_recipe(options.recipe, overrides)
     cluster = load_cluster(options.cluster, changes)
     run = RunDir(run_directory(recipe))
@@ -273,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cluster", required=True, metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--mail", metavar="ADDRESS", help="Slurm writes there when the job ends or fails for good")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")
     parser.add_argument("--force", action="store_true", help="go on with a run that is done")

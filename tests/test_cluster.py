@@ -17,6 +17,7 @@ import yaml
 from asr_train import resources
 from asr_train.errors import RecipeError
 from asr_train.recipe import walk
+from launch import cli
 from launch.cluster import accelerate_config, from_json, load_cluster, to_json
 from launch.sbatch import python_command, sbatch_text, submitit_parameters
 
@@ -464,3 +465,11 @@ def test_nothing_heavy_is_imported_before_a_text_is_made():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_mail_comes_at_the_end_and_not_when_a_run_goes_on(capsys):
+    asked = ["submit", "demo", "units_per_step=4", "--cluster", "test", "--mail", "me@site.org", "--dry-run"]
+    assert cli.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "#SBATCH --mail-user=me@site.org" in lines
+    assert "#SBATCH --mail-type=END,FAIL,INVALID_DEPEND" in lines
