@@ -22,6 +22,7 @@ VERBS = {
     "prepare": Verb("asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed"),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
     "submit": Verb("launch.submit:main", "train on a Slurm cluster; the same command again says which job does"),
+    "plan": Verb("launch.plan:main", "what a job would be, cost, and when it would start; touches nothing"),
     "doctor": Verb("launch.doctor:main", "what a Slurm cluster can do, and what that means for runs there"),
     "retry": Verb("launch.submit:retry", "another job for a run that failed, as it was submitted"),
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),

@@ -21,6 +21,7 @@ from asr_train.run_dir import START, RunDir
 from launch import continuation, slurm
 from launch.child import Signals, nobody, run_child
 from launch.cluster import accelerate_config
+from launch.cluster_config import Cluster
 from launch.collect import conclude
 from launch.notify import notify
 from launch.placement import Rendezvous, place
@@ -157,7 +158,7 @@ def _train(node: _Node) -> int:
     arguments = [str(node.run.path / "recipe.yaml"), f"run_dir={node.run.path}"]
     command = placement.command(arguments, rendezvous=meet, log_dir=logs)
     say(f"{start.hosts[node.number]}, node {node.number} of {num_nodes}: {shlex.join(command)}")
-    environ = placement.environ({**os.environ, **_environment(node)})
+    environ = placement.environ({**os.environ, **training_environment(cluster, start.name)})
     watch = _Watch(node)
     return run_child(
         command, env=environ, cwd=node.settings.code, receivers=nobody, signals=node.signals, is_over=watch
@@ -181,13 +182,12 @@ class _Watch:
         return False
 
 
-def _environment(node: _Node) -> dict[str, str]:
-    """Variables by which the profile reaches torch and the training program."""
-    cluster = node.settings.cluster
+def training_environment(cluster: Cluster, start: str) -> dict[str, str]:
+    """Variables by which the profile, and the name of the start, reach torch and the training program."""
     found = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_lead_s),
         "WAVEFLEET_COLLECTIVE_TIMEOUT_S": str(cluster.process_group_timeout_s),
-        START: node.start.name,
+        START: start,
     }
     if cluster.rendezvous_interface is not None:
         found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), cluster.rendezvous_interface)

@@ -190,8 +190,12 @@ def jobs_with_comment(comment: str) -> list[str]:
 
 
 def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Give sbatch a script; SBATCH_... variables of our shell, which would win over what it says, are left out."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    """Give sbatch a script; variables of our shell or job that would win over what it says are left out."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SBATCH_", "SLURM_")) or name == "SLURM_CONF"
+    }
     return _call(["sbatch", *options], text=text, environ=environ)
 
 
