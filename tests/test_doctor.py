@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slurm_cluster import SlurmCluster
 
 from asr_train.errors import RecipeError
 from asr_train.files import append_jsonl, write_json
@@ -87,16 +88,22 @@ def test_a_cluster_is_looked_at_by_a_job_and_what_was_found_stays(slurm, profile
     assert set(slurm.jobs()) >= {found.node.job_id}
 
 
-def test_settings_that_change_what_follows_are_found(slurm, profile):
-    slurm.reconfigure(grace_s=600, KillWait="30", JobRequeue="0", SlurmctldParameters="preempt_send_user_signal")
-    try:
-        said = ask_doctor(slurm, "--cluster", profile()).stdout
-    finally:
-        del slurm.settings["SlurmctldParameters"]
-        slurm.reconfigure(grace_s=0, KillWait="5", JobRequeue="1")
-    assert "told by USR2, and SIGTERM; GraceTime is 600 s" in said
-    assert "JobRequeue=0 does not matter" in said
-    assert "scontrol works there" in said  # the job asked for --requeue by name
+def test_another_site_is_told_apart(profile):
+    """Accounting, signals that reach agents alone, a grace time, no arrays, JobRequeue=0."""
+    settings = {"KillWait": "30", "JobRequeue": "0", "MaxArraySize": "1", "AccountingStorageEnforce": "associations"}
+    signals = {"proctrack": "pgid", "grace_s": 600, "SlurmctldParameters": "preempt_send_user_signal"}
+    with SlurmCluster(accounting=True, **signals, **settings) as other:
+        said = ask_doctor(other, "--cluster", profile(account="speech", partition="batch,urgent")).stdout
+        refused = ask_doctor(other, "--cluster", profile(account="nobody"), code=4).stdout
+    assert set(of_level(said, "problem")) == {"arrays", "address"}
+    for part in (
+        "sacct answers", "the node agents alone (proctrack/pgid)", "told by USR2, and SIGTERM; GraceTime is 600 s",
+        "jobs of urgent are not preempted", "JobRequeue=0 does not matter", "MaxArraySize=1",
+        "scontrol works there",  # the job asked for --requeue by name
+    ):  # fmt: skip
+        assert part in said
+    assert "Invalid account" in of_level(refused, "cannot run")["a job"]
+    assert "Invalid account" in of_level(refused, "cannot run")["a node"]
 
 
 def test_a_job_that_does_not_start_in_time_is_cancelled_and_it_is_said_why(slurm, profile):

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from asr_train.run_dir import RunDir
 from launch import node_agent, plan, submit
 from launch.child import Ended, Signals
 from launch.cluster import load_cluster
+from launch.findings import NodeFacts, findings, keep
 from launch.settings import JobSettings
 from launch.slurm import SlurmError
 
@@ -101,6 +103,20 @@ def test_a_dry_run_is_what_slurm_gets(slurm, recipe, profile, folder):
     sent = slurm.run("scontrol", "write", "batch_script", job, "-")
     assert sent.strip() == dry.replace("'wavefleet:<run id>'", f"wavefleet:{RunDir(folder).run_id}").strip()
     assert wavefleet(slurm, "submit", *recipe, "--cluster", path, "--dry-run").strip() == sent.strip()
+
+
+def test_what_doctor_found_decides_how_a_run_goes_on(slurm, recipe, profile, folder):
+    path = profile(sbatch={"begin": "now+1hour"})
+    wavefleet(slurm, "doctor", "--cluster", path, "--timeout", "0")
+    cluster = load_cluster(path)
+    node = NodeFacts(
+        time=1.8e9, job_id="7", node="n1", addresses=(), address="n1", here=(), requeue_problem="scontrol: denied",
+        sbatch_problem=None, shared_problem=None, seen_after_s=0.0, python="3.11",
+    )  # fmt: skip
+    keep(cluster, path, replace(findings(cluster, path), node=node))
+    assert "goes on by     successor" in wavefleet(slurm, "plan", *recipe, "--cluster", path)
+    wavefleet(slurm, "submit", *recipe, "--cluster", path)
+    assert JobSettings.read(RunDir(folder)).continuation == "successor"
 
 
 def test_a_dry_run_imports_nothing_heavy(recipe, profile):
