@@ -15,7 +15,7 @@ import asr_train
 from asr_train import resources
 from asr_train.config import Recipe
 from asr_train.errors import EXIT_DONE, RecipeError
-from asr_train.recipe import load_recipe, read_values, run_directory
+from asr_train.recipe import load_recipe, on_hub, read_values, run_directory
 from asr_train.run_dir import RunDir
 from launch import signal_lead, slurm
 from launch.cluster import accelerate_config, environment, load_cluster
@@ -59,6 +59,8 @@ def plan(recipe: Recipe, cluster: Cluster, cluster_name: str) -> dict[str, Any]:
         start_problem = str(error)
     hours = cluster.time / 60
     times = signal_lead.measured(run)
+    models, sources = on_hub(recipe)
+    names = [*models, *(source.dataset for source in sources)]
     return {
         "run_dir": str(run.path),
         "nodes": cluster.nodes,
@@ -73,6 +75,8 @@ def plan(recipe: Recipe, cluster: Cluster, cluster_name: str) -> dict[str, Any]:
         "signal_lead_s": cluster.signal_lead_s,
         "signal_lead_needed_s": None if times is None else times.needed_s,
         "signal_lead_problem": signal_lead.problem_of(run, cluster.signal_lead_s),
+        "cache": cluster.cache,
+        "fetched_first": list(dict.fromkeys(names)) if cluster.cache else [],
         "commands": [_command(run, cluster, node) for node in range(cluster.nodes)],
         "sbatch": batch_text,
     }
@@ -108,15 +112,17 @@ def _placement(cluster: Cluster, code: Path) -> Placement:
 
 
 def _print(found: Mapping[str, Any]) -> None:
-    nodes, gpus = found["nodes"], found["gpus_per_node"]
-    what = f"{gpus} GPUs" if gpus else "no GPU"
+    gpus = f"{_count(found['gpus_per_node'], 'GPU')} each, " if found["gpus_per_node"] else ""
+    processes = _count(found["world_size"], "process", "processes")
     print(f"run directory  {found['run_dir']}")
-    print(f"a job          {nodes} nodes, {what} each, {found['world_size']} processes, {found['time_min']} minutes")
+    print(f"a job          {_count(found['nodes'], 'node')}, {gpus}{processes} in all, {found['time_min']} minutes")
     print(f"at most        {found['gpu_hours']:,.1f} GPU-hours, {found['node_hours']:,.1f} node-hours a job")
     start = found["expected_start"] or f"unknown: {found['start_problem']}"
     print("start          " + start.replace("\n", "\n" + 15 * " "))
     print(f"goes on by     {found['continuation']}")
     print(f"signal lead    {_lead(found)}")
+    if found["fetched_first"]:
+        print(f"fetched first  {', '.join(found['fetched_first'])}, into {found['cache']}")
     for command in found["commands"]:
         print(
             f"\nnode {command['node']}, besides the environment of your shell and of the batch script's set-up lines:"
@@ -125,6 +131,10 @@ def _print(found: Mapping[str, Any]) -> None:
             print(f"  {name}={shlex.quote(value)}")
         print(f"  {shlex.join(command['argv'])}")
     print(f"\nbatch script:\n{found['sbatch']}", end="")
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
 
 
 def _lead(found: Mapping[str, Any]) -> str:

@@ -162,6 +162,7 @@ def test_a_person_reads_what_a_program_does(recipe, profile, capsys, monkeypatch
     monkeypatch.setattr(plan.slurm, "expected_start", lambda text: "Job 7 to start at noon")
     assert plan.main([*recipe, "--cluster", profile(environment={"A": "two words"})]) == 0
     said = capsys.readouterr().out
+    assert re.search(r"^a job +2 nodes, 2 processes in all, 90 minutes$", said, re.MULTILINE)
     for line in ("start          Job 7 to start at noon", "goes on by     requeue", "  A='two words'"):
         assert f"{line}\n" in said
     assert said.count("accelerate.commands.launch") == 2
@@ -219,6 +220,15 @@ def test_commands_are_those_that_node_agents_start(nodes, planned, recipe, profi
             assert filled(planned_node["environment"][name]) == env[name], name
         new = {name for name in env if env[name] != os.environ.get(name)}
         assert new <= set(planned_node["environment"])
+
+
+def test_what_submit_would_fetch_is_named(profile, capsys, monkeypatch):
+    monkeypatch.setattr(plan.slurm, "expected_start", lambda text: "Job 7 to start at noon")
+    command = ["minds14", "units_per_step=8", "--cluster"]
+    assert plan.main([*command, profile(cache="/shared/models")]) == 0
+    assert re.search(r"^fetched first +\S+/\S+, PolyAI/minds14, into /shared/models$", capsys.readouterr().out, re.M)
+    assert plan.main([*command, profile()]) == 0
+    assert "fetched first" not in capsys.readouterr().out
 
 
 def test_python_is_that_of_the_container(planned, monkeypatch):
