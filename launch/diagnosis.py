@@ -117,7 +117,7 @@ def _preemption(partition: Partition, found: Findings, slowest: tuple[str, Times
         return Remark("ok", about, f"jobs are preempted by QOS, of which doctor knows nothing; {see}")
     if slurm.preempt_type is None or partition.preempt_mode == "OFF":
         return Remark("ok", about, f"jobs {where} are not preempted")
-    if "SUSPEND" in partition.preempt_mode or "GANG" in partition.preempt_mode:
+    if "REQUEUE" not in partition.preempt_mode and "CANCEL" not in partition.preempt_mode:  # SUSPEND, GANG
         return Remark(
             "problem", about,
             f"jobs {where} may be suspended ({partition.preempt_mode}); they go on by themselves later, but it may "
@@ -131,7 +131,7 @@ def _preemption(partition: Partition, found: Findings, slowest: tuple[str, Times
         saving_s = slurm.kill_wait_s or 0
         time_left = f"GraceTime is 0, so it has KillWait, {saving_s} s"
     text = f"a job {where} that is preempted is told by {by}; {time_left}"
-    if partition.preempt_mode == "CANCEL":
+    if "CANCEL" in partition.preempt_mode:
         ends = "it ends for good (PreemptMode=CANCEL): `wavefleet reconcile --act` submits it again"
         return Remark("problem", about, f"{text}; {ends}")
     if slowest is not None and saving_s < (needed_s := slowest[1].needed_s - signal_lead.SLURM_SLACK_S):

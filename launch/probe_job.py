@@ -21,11 +21,12 @@ from launch.sbatch import python_command, sbatch_text, submitit_parameters
 from launch.slurm import JobState, SlurmError
 
 _TIME_MIN = 5
-_POLL_S = 1.0
+_POLL_S, _MAX_POLL_S = 1.0, 10.0
 _SAY_S = 30.0
 SEEN_S = 65.0  # NFS may show what another machine wrote after its acdirmax, 60 s
 LOG_S = 5.0  # the same, once something that the node wrote is seen
 _TAIL_LINES = 15
+_OF_ITSELF = ("COMPLETED", "FAILED", "OUT_OF_MEMORY")  # not cancelled, preempted or lost with its node
 
 
 class Looked(NamedTuple):
@@ -113,7 +114,7 @@ def _submit(cluster: Cluster, folder: Path, code: Path, word: str) -> str:
 
 def _wait(job_id: str, folder: Path, timeout_s: float) -> Looked:
     """Wait until the job's findings are seen, or it is known why they never will be."""
-    until = time.monotonic() + timeout_s
+    begun = time.monotonic()
     said, next_say = "", 0.0
     while True:
         state = slurm.job_state(job_id)
@@ -123,12 +124,12 @@ def _wait(job_id: str, folder: Path, timeout_s: float) -> Looked:
             return _after(job_id, state, folder)
         text = f"job {job_id} is {_described(state)}"
         now = time.monotonic()
-        if now > until:
+        if now > begun + timeout_s:
             return Looked(None, f"{text} after {timeout_s:.0f} s, and was cancelled; try later, or with --timeout")
         if text != said or now >= next_say:
             say(text)
             said, next_say = text, now + _SAY_S
-        time.sleep(_POLL_S)
+        time.sleep(min(max(_POLL_S, (now - begun) / 10), _MAX_POLL_S))  # the longer it takes, the less we ask
 
 
 def _after(job_id: str, state: JobState, folder: Path) -> Looked:
@@ -142,6 +143,9 @@ def _after(job_id: str, state: JobState, folder: Path) -> Looked:
         if waited_s > (SEEN_S if log is None else LOG_S):
             break
         time.sleep(_POLL_S)
+    if state.state not in _OF_ITSELF:
+        last = f"; its last lines:\n{log}" if log else ""
+        return Looked(None, f"job {job_id} ended ({_described(state)}) before it looked around; try again{last}")
     if log is not None:
         said = f"its last lines:\n{log}" if log else "it printed nothing: a line of `setup` failed, or a module"
         problem = f"job {job_id} ended ({_described(state)}) before it looked around; {said}"

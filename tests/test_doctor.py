@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,6 +118,17 @@ def test_a_job_that_does_not_start_in_time_is_cancelled_and_it_is_said_why(slurm
     assert {fields["JobState"] for fields in slurm.jobs().values() if fields["JobName"] == "wavefleet-doctor"} <= {
         "CANCELLED", "COMPLETED",
     }  # fmt: skip
+
+
+def test_ctrl_c_cancels_the_job(slurm, profile):
+    command = [sys.executable, "-m", "launch.cli", "doctor", "--cluster", profile(sbatch={"begin": "now+1hour"})]
+    environ = {**slurm.environ, "PYTHONPATH": str(Path.cwd())}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
+        job = re.search(r"job (\d+) looks around", process.stderr.readline())[1]
+        process.stderr.readline()  # it waits
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    assert slurm.job(job)["JobState"] == "CANCELLED"
 
 
 def test_python_that_does_not_start_on_a_node_means_that_no_run_can(slurm, profile):
@@ -422,6 +435,15 @@ def test_a_folder_that_nodes_do_not_share_is_told_from_a_job_that_failed(load, c
     assert found.cannot_run
     assert "job 7 ended (FAILED (JobLaunchFailure)), and nothing that it wrote in" in found.problem
     assert "nodes do not share that folder" in found.problem
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"])
+def test_a_job_that_was_ended_from_outside_proves_nothing(state, load, commands, monkeypatch):
+    monkeypatch.setattr(probe_job, "SEEN_S", 0.0)
+    commands(sbatch="cat >/dev/null; echo 7", squeue=f"echo '{state}|None|N/A|g1'", scontrol="", scancel="")
+    found = probe_job.look(load(), "small", 5.0)
+    assert not found.cannot_run
+    assert f"job 7 ended ({state}) before it looked around; try again" in found.problem
 
 
 def test_a_job_that_printed_nothing_points_at_its_set_up(load, commands, monkeypatch):
