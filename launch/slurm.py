@@ -19,6 +19,12 @@ _LIVE = (
 )  # fmt: skip
 
 
+# Ignored signals stay ignored in what the shell starts.
+_REQUEUE_WITHOUT = (
+    'trap "" TERM INT HUP USR1 USR2 CONT; scontrol requeue "$1" && scontrol update "JobId=$1" "ExcNodeList=$2"'
+)
+
+
 class SlurmError(WavefleetError):
     """A Slurm command failed; the text is its own message."""
 
@@ -107,6 +113,58 @@ def release(job_id: str) -> None:
 def requeue(job_id: str) -> None:
     """Put a running job back into the queue under its own id; ends it here."""
     run("scontrol", "requeue", job_id)
+
+
+def requeue_without(job_id: str, hosts: Sequence[str]) -> None:
+    """Put a running job back into the queue, to come back on other nodes than these; ends it here.
+
+    Slurm changes the list of a job that is being requeued, not of one that runs, and starts none before its credentials
+    have expired, seconds later. Both commands are a shell's that ignores the signals which the first one brings. Should
+    the second never run, the job comes back as before, held by nothing. The list replaces an earlier one.
+
+    Raises:
+        SlurmError: too few other nodes, so that it would never start; nothing was done. Or Slurm refused.
+    """
+    fields = dict(re.findall(r"(\S+?)=(\S*)", run("scontrol", "--oneliner", "show", "job", job_id)))
+    check_room(fields["Partition"], int(fields["NumNodes"].partition("-")[0]), hosts)
+    run("sh", "-c", _REQUEUE_WITHOUT, "sh", job_id, ",".join(hosts))
+
+
+def node_states(partition: str | None = None) -> dict[str, str]:
+    """Node -> Slurm's state of it and, after a colon, the reason that was given; of some partitions, of all for None.
+
+    Raises:
+        SlurmError: slurmctld does not answer.
+    """
+    which = [] if partition is None else [f"--partition={partition}"]
+    lines = run("sinfo", "--noheader", "--Node", *which, "--format=%N|%T|%E").splitlines()
+    found = {}
+    for line in lines:
+        name, state, reason = line.split("|", 2)
+        found[name.strip()] = state if reason in ("", "none") else f"{state}: {reason}"
+    return found
+
+
+def default_partition() -> str | None:
+    """Where jobs go that name no partition; None where the cluster has no default."""
+    names = run("sinfo", "--noheader", "--format=%P").split()
+    return next((name.removesuffix("*") for name in names if name.endswith("*")), None)
+
+
+def check_room(partition: str, num_nodes: int, without: Sequence[str]) -> None:
+    """Refuse what would stay pending for ever: a job on more nodes than its partitions have without the excluded ones.
+
+    Raises:
+        SlurmError: says how many there are.
+    """
+    nodes = set(node_states(partition))
+    excluded = sorted(nodes & set(without))
+    if excluded and len(nodes) - len(excluded) < num_nodes:
+        raise SlurmError(
+            f"the job needs {num_nodes} of the {len(nodes)} nodes of {partition}, and {', '.join(excluded)} of them"
+            f" {'are' if len(excluded) > 1 else 'is'} excluded; it would never start. `wavefleet nodes --cluster P"
+            " --remove HOST` takes one back"
+        )
 
 
 def cancel(job_id: str) -> None:

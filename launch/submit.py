@@ -20,8 +20,8 @@ from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import append_jsonl, read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import slurm, snapshot
-from launch.cluster import agent_settings, load_cluster
+from launch import exclusions, slurm, snapshot
+from launch.cluster import agent_settings, load_cluster, site_folder
 from launch.cluster_config import Cluster
 from launch.node_agent import SETTINGS, VERDICTS, NodeAgent
 from launch.sbatch import python_command, sbatch_text, submitit_parameters
@@ -85,7 +85,10 @@ def submit(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, cod
     write_json(run.path / SETTINGS, {"code": str(code), **asdict(agent_settings(cluster))})
     folder = run.path / "slurm"
     folder.mkdir(mode=0o700, exist_ok=True)
-    parameters = _parameters(run, recipe, cluster, code)
+    avoided = exclusions.to_avoid(site_folder(cluster, cluster_name), cluster.partition, cluster.nodes)
+    if avoided:
+        say(f"without {', '.join(avoided)}; `wavefleet nodes --cluster {shlex.quote(cluster_name)}` says why")
+    parameters = _parameters(run, recipe, cluster, code, exclude=avoided)
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
     for name in [name for name in os.environ if name.startswith("SBATCH_")]:  # would win over the profile, silently
         say(f"{name}={os.environ.pop(name)} of your shell is left out; set it in the profile")
@@ -166,9 +169,11 @@ def _comment(run: RunDir) -> str:
     return f"wavefleet:{run.run_id}"
 
 
-def _parameters(run: RunDir, recipe: Recipe, cluster: Cluster, code: Path) -> dict[str, Any]:
+def _parameters(
+    run: RunDir, recipe: Recipe, cluster: Cluster, code: Path, *, exclude: Sequence[str] = ()
+) -> dict[str, Any]:
     parameters = submitit_parameters(
-        cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, comment=_comment(run)
+        cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, exclude=exclude, comment=_comment(run)
     )
     # the working directory comes first among Python's paths: it must be the run's own code too
     parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": str(code)}
