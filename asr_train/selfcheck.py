@@ -36,15 +36,17 @@ class Result:
     """What was found.
 
     Attributes:
-        problems: of this node, in sentences.
+        problems: of this node's own, in sentences.
+        unreached: how this node failed to reach node 0.
         missing: nodes that did not come to the all-reduce in time, as node 0 saw it.
-        network: why the all-reduce failed although all nodes came; nobody can say whose fault that is.
+        network: what else was wrong between the nodes; nobody can say whose fault that is.
         gpus: name and memory of each, as torch sees them.
         seconds: what took how long.
     """
 
     host: str
     problems: list[str] = field(default_factory=list)
+    unreached: str | None = None
     missing: list[str] = field(default_factory=list)
     network: str | None = None
     gpus: list[dict[str, Any]] = field(default_factory=list)
@@ -53,16 +55,17 @@ class Result:
     @property
     def is_well(self) -> bool:
         """Whether training may start."""
-        return not (self.problems or self.missing or self.network)
+        return not (self.problems or self.unreached or self.missing or self.network)
 
 
 class NotMetError(Exception):
-    """The nodes did not meet; `missing` is known on node 0 or from it, `problem` is this node's own."""
+    """The nodes did not meet; the fields are those of `Result`."""
 
-    def __init__(self, *, missing: Sequence[str] = (), problem: str | None = None) -> None:
-        self.missing = list(missing)
-        self.problem = problem
-        super().__init__(problem or f"no word from {', '.join(missing)}")
+    def __init__(
+        self, *, missing: Sequence[str] = (), unreached: str | None = None, network: str | None = None
+    ) -> None:
+        self.missing, self.unreached, self.network = list(missing), unreached, network
+        super().__init__(unreached or network or f"no word from {', '.join(missing)}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -138,8 +141,7 @@ def _meet(options: argparse.Namespace, hosts: Sequence[str], result: Result) -> 
     try:
         store = gather(options.meet, options.node, hosts, options.timeout)
     except NotMetError as error:
-        result.missing = error.missing
-        result.problems += [error.problem] if error.problem else []
+        result.missing, result.unreached, result.network = error.missing, error.unreached, error.network
         return
     result.network = all_reduce(store, options.node, hosts, options.timeout)
 
@@ -160,7 +162,7 @@ def gather(meet: str, node: int, hosts: Sequence[str], timeout_s: float) -> Stor
     address, _, port = meet.rpartition(":")
     if node != 0 and (problem := _unreachable(address, int(port), until)):
         where = f"{hosts[node]} does not reach {hosts[0]} at {meet} within {timeout_s:.0f} s: {problem}"
-        raise NotMetError(problem=f"{where}. Is the address right, is a firewall in between?")
+        raise NotMetError(unreached=f"{where}. Is the address right, is a firewall in between?")
     try:
         store = TCPStore(
             address,
@@ -171,7 +173,7 @@ def gather(meet: str, node: int, hosts: Sequence[str], timeout_s: float) -> Stor
         )
     except RuntimeError as error:  # torch's Dist errors are of this kind
         does = "cannot listen" if node == 0 else "is not understood"
-        raise NotMetError(problem=f"{hosts[node]} {does} at {meet}: {_first_line(error)}") from None
+        raise NotMetError(network=f"{hosts[node]} {does} at {meet}: {_first_line(error)}") from None
     store.set(f"host/{node}", hosts[node])
     if node == 0:
         _await_all(store, hosts, until - time.monotonic())
@@ -179,7 +181,7 @@ def gather(meet: str, node: int, hosts: Sequence[str], timeout_s: float) -> Stor
         missing = json.loads(store.get("missing"))  # waits for node 0 to say it
     except RuntimeError as error:
         lost = f"{hosts[node]} reached {hosts[0]} at {meet} and lost it again: {_first_line(error)}"
-        raise NotMetError(problem=lost) from None
+        raise NotMetError(network=lost) from None
     if missing:
         came = [number for number, host in enumerate(hosts) if host not in missing]
         _leave_together(store, node, came)

@@ -108,6 +108,7 @@ class Cluster(_Strict):
     nodes: Count = setting("nodes a job", 1)
     gpus_per_node: CountOrZero = setting("GPUs a node; 0 is CPU nodes")
     gpu_type: GpuType | None = setting("type of GPU, as the cluster's gres names it, `a100` say", None)
+    gpu_memory: Memory | None = setting("least memory of a GPU, `80G` say; a node with less trains nothing", None)
     cpus_per_node: Count = setting("CPUs a node")
     memory: Memory | None = setting(
         "memory a node with its unit, `64G` say; 0 is all; null the cluster's default", None
@@ -121,6 +122,10 @@ class Cluster(_Strict):
     environment: dict[str, Value] = setting("variables for every process, taken literally; never secrets", {})
     cache: Text | None = setting(
         "Hugging Face folder with the models and data that jobs read, offline; null leaves jobs online", None
+    )
+    preflight: Lines = setting("shell lines on each node before training; where one fails, the node trains nothing", ())
+    stage_corpus_to: Text | None = setting(
+        "folder of each node that the corpus is copied to, `$TMPDIR` say, which the node fills in", None
     )
     srun: Texts = setting("further srun arguments, each as --name or --name=value", ())
     sbatch: dict[str, FlagValue] = setting("further sbatch options, name: value; true for one without a value", {})

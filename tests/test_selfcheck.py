@@ -69,7 +69,7 @@ def test_two_nodes_meet_and_sum():
 def test_every_node_that_came_is_told_who_did_not():
     told = met(["n1", "n2", "n3", "n4"], present=[0, 2], timeout_s=2)
     assert [told[0].missing, told[2].missing] == [["n2", "n4"], ["n2", "n4"]]
-    assert [told[0].problem, told[2].problem] == [None, None]
+    assert [told[0].unreached, told[2].unreached] == [None, None]
 
 
 def test_a_missing_node_is_named_in_the_result_of_the_program():
@@ -81,14 +81,14 @@ def test_a_node_that_does_not_reach_node_0_says_so_in_time():
     port, begun = free_port(), time.monotonic()
     told = meeting(port, 1, ["n1", "n2"], 2)
     assert time.monotonic() - begun < 4
-    assert f"n2 does not reach n1 at 127.0.0.1:{port} within 2 s" in told.problem
-    assert "refused" in told.problem
+    assert f"n2 does not reach n1 at 127.0.0.1:{port} within 2 s" in told.unreached
+    assert "refused" in told.unreached
 
 
 def test_a_port_that_is_taken_is_said():
     with socket.create_server(("127.0.0.1", 0)) as server:
         told = meeting(server.getsockname()[1], 0, ["n1", "n2"], 2)
-    assert "n1 cannot listen at" in told.problem
+    assert "n1 cannot listen at" in told.network
 
 
 def test_the_product_is_exact_and_a_wrong_number_is_seen():
