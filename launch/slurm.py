@@ -8,25 +8,34 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from asr_train.errors import WavefleetError
 
 _TIMEOUT_S = 30
+_SILENCE = re.compile(
+    r"unable to contact slurm controller|connection refused|did not answer|socket timed out|connect failure", re.I
+)
 _LIVE = (
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT",
     "SIGNALING",
 )  # fmt: skip
 
 
-# Ignored signals stay ignored in what the shell starts.
-_REQUEUE_WITHOUT = (
-    'trap "" TERM INT HUP USR1 USR2 CONT; scontrol requeue "$1" && scontrol update "JobId=$1" "ExcNodeList=$2"'
+# Signals that the shell ignores, what it starts ignores too.
+_REQUEUE = (
+    'trap "" TERM INT HUP USR1 USR2 CONT; job=$1; shift; scontrol requeue "$job" && scontrol update "JobId=$job" "$@"'
 )
 
 
 class SlurmError(WavefleetError):
     """A Slurm command failed; the text is its own message."""
+
+    @property
+    def is_silence(self) -> bool:
+        """Whether Slurm did not answer, rather than refuse."""
+        return _SILENCE.search(str(self)) is not None
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class JobState:
         start: when it is expected to start, or started; None when that is not known.
         nodes: hosts, in Slurm's short form.
         restarts: how often it was requeued.
+        is_preempted: it is being ended for a more urgent one.
     """
 
     state: str
@@ -46,6 +56,7 @@ class JobState:
     start: str | None = None
     nodes: str = ""
     restarts: int = 0
+    is_preempted: bool = False
 
     @property
     def is_live(self) -> bool:
@@ -85,7 +96,26 @@ def job_state(job_id: str) -> JobState:
     if not lines:
         return _from_accounting(job_id, None)
     state, reason, start, nodes = lines[0].strip().split("|")
-    return JobState(state, reason, None if start == "N/A" else start, nodes, _restarts(job_id))
+    more: dict[str, str] = {}
+    with suppress(SlurmError):  # squeue remembers longer
+        more = details(job_id)
+    return JobState(
+        state,
+        reason,
+        None if start == "N/A" else start,
+        nodes,
+        restarts=int(more.get("Restarts", 0)),
+        is_preempted=more.get("PreemptTime", "None") != "None",
+    )
+
+
+def details(job_id: str) -> dict[str, str]:
+    """What squeue does not say, by scontrol's names: Restarts, PreemptTime, BatchFlag, ...
+
+    Raises:
+        SlurmError: it does not know the job any more.
+    """
+    return dict(re.findall(r"(\w+)=(\S+)", run("scontrol", "--oneliner", "show", "job", job_id)))
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -110,24 +140,37 @@ def release(job_id: str) -> None:
     run("scontrol", "release", job_id)
 
 
-def requeue(job_id: str) -> None:
-    """Put a running job back into the queue under its own id; ends it here."""
-    run("scontrol", "requeue", job_id)
+def requeue(job_id: str, *, exclude: Sequence[str] = (), begin_in_s: float = 0.0) -> None:
+    """Put a running job back into the queue under its own id; ends it here, with SIGTERM first.
 
+    Only a job in the queue may be given other nodes or another time. One that is being requeued is in the queue, and
+    does not start before its credentials have expired, seconds later. The commands are a shell's that ignores the
+    signals which the first of them brings. Should the others never run, the job comes back as it was: nothing holds it.
 
-def requeue_without(job_id: str, hosts: Sequence[str]) -> None:
-    """Put a running job back into the queue, to come back on other nodes than these; ends it here.
-
-    Slurm changes the list of a job that is being requeued, not of one that runs, and starts none before its credentials
-    have expired, seconds later. Both commands are a shell's that ignores the signals which the first one brings. Should
-    the second never run, the job comes back as before, held by nothing. The list replaces an earlier one.
+    Args:
+        job_id: the job.
+        exclude: nodes that it shall not come back on; replaces those that it was kept off before.
+        begin_in_s: not before so many seconds.
 
     Raises:
         SlurmError: too few other nodes, so that it would never start; nothing was done. Or Slurm refused.
     """
-    fields = dict(re.findall(r"(\S+?)=(\S*)", run("scontrol", "--oneliner", "show", "job", job_id)))
-    check_room(fields["Partition"], int(fields["NumNodes"].partition("-")[0]), hosts)
-    run("sh", "-c", _REQUEUE_WITHOUT, "sh", job_id, ",".join(hosts))
+    if exclude:
+        job = details(job_id)
+        check_room(job["Partition"], int(job["NumNodes"].partition("-")[0]), exclude)
+    changes = [f"ExcNodeList={','.join(exclude)}"]
+    changes += [f"StartTime=now+{begin_in_s:.0f}"] if begin_in_s else []
+    run("sh", "-c", _REQUEUE, "sh", job_id, *changes)
+
+
+def unusable(hosts: Sequence[str]) -> list[str]:
+    """Those of the nodes that Slurm calls down, drained or failed; none where it does not say."""
+    try:
+        lines = run("sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T").splitlines()
+    except SlurmError:
+        return []
+    states = dict(line.split() for line in lines)
+    return [host for host, state in states.items() if re.match("down|drain|fail|boot", state, re.IGNORECASE)]
 
 
 def node_states(partition: str | None = None) -> dict[str, str]:
@@ -176,14 +219,6 @@ def jobs_with_comment(comment: str) -> list[str]:
     """Ids of our live jobs with a comment."""
     lines = run("squeue", "--noheader", "--me", "--format=%i|%k").splitlines()
     return [job for line in lines for job, _, text in [line.strip().partition("|")] if text == comment]
-
-
-def _restarts(job_id: str) -> int:
-    try:
-        found = re.search(r"Restarts=(\d+)", run("scontrol", "show", "job", job_id))
-    except SlurmError:
-        return 0
-    return int(found[1]) if found else 0
 
 
 def _from_accounting(job_id: str, why: SlurmError | None) -> JobState:

@@ -249,7 +249,7 @@ def task(tmp_path, call):
 
 def test_a_job_that_is_requeued_comes_back_without_the_node_that_failed(slurm, tmp_path):
     """From inside the job, as the node agent does it, while Slurm ends it."""
-    job = slurm.submit("--requeue", "--nodes=3", *task(tmp_path, "again == '0' and slurm.requeue_without(job, ['n2'])"))
+    job = slurm.submit("--requeue", "--nodes=3", *task(tmp_path, "again == '0' and slurm.requeue(job, exclude=['n2'])"))
     back = slurm.wait_for(job, "RUNNING", restarts=1)
     assert (back["NodeList"], back["ExcNodeList"]) == ("n[1,3-4]", "n2")
     slurm.run("scontrol", "requeue", job)  # as after a preemption: the list stays
@@ -257,14 +257,14 @@ def test_a_job_that_is_requeued_comes_back_without_the_node_that_failed(slurm, t
 
 
 def test_a_node_whose_exclusion_has_ended_is_taken_again(slurm, tmp_path):
-    call = "slurm.requeue_without(job, ['n1']) if again == '0' else again == '1' and slurm.requeue_without(job, ['n3'])"
+    call = "slurm.requeue(job, exclude=['n1']) if again == '0' else again == '1' and slurm.requeue(job, exclude=['n3'])"
     job = slurm.submit("--requeue", "--nodes=3", *task(tmp_path, call))
     assert slurm.wait_for(job, "RUNNING", restarts=1)["NodeList"] == "n[2-4]"
     assert slurm.wait_for(job, "RUNNING", restarts=2)["NodeList"] == "n[1-2,4]"
 
 
 def test_a_job_is_not_requeued_into_a_wait_without_end(slurm, tmp_path):
-    job = slurm.submit("--requeue", "--nodes=2", *task(tmp_path, "slurm.requeue_without(job, ['n1', 'n2', 'n3'])"))
+    job = slurm.submit("--requeue", "--nodes=2", *task(tmp_path, "slurm.requeue(job, exclude=['n1', 'n2', 'n3'])"))
     said = slurm.wait_for_output(job, "refused")
     assert "needs 2 of the 4 nodes of batch, and n1, n2, n3 of them are excluded" in said
     assert slurm.job(job)["JobState"] == "RUNNING"
