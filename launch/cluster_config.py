@@ -45,6 +45,12 @@ def _with_unit(value: str) -> str:
     return value
 
 
+def as_bytes(memory: str | None) -> int:
+    """Bytes of `80G`, in powers of 1024 as Slurm counts; 0 for None."""
+    units = {unit: 1024**power for power, unit in enumerate("KMGT", start=1)}
+    return 0 if memory is None else int(memory.rstrip("KMGT")) * units.get(memory[-1], 1)
+
+
 def _flag_value(value: Any) -> str | bool:
     text = value if value is True or value is False else _as_text(value)
     if text is not True and not isinstance(text, str):

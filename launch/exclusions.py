@@ -109,9 +109,8 @@ def to_avoid(site: Path, partition: str | None, num_nodes: int) -> list[str]:
 
 def policy(policy: Policy, excluded: Sequence[ExcludedNode], partition_nodes: Iterable[str], num_nodes: int) -> Policy:
     """The policy with no more room for exclusions than leaves a job of so many nodes enough others to run on."""
-    nodes = set(partition_nodes)
-    num_free = len(nodes - {node.host for node in excluded})
-    most = len(excluded) + max(0, num_free - num_nodes)
+    num_left = len(set(partition_nodes) - {node.host for node in excluded})
+    most = len(excluded) + max(0, num_left - num_nodes)
     return replace(policy, max_excluded_hosts=min(policy.max_excluded_hosts, most))
 
 

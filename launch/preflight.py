@@ -24,7 +24,7 @@ from asr_train import checkpoints
 from asr_train.files import fsync_dir, read_json, write_json
 from asr_train.run_dir import RunDir, library_versions
 from launch import devices, snapshot
-from launch.child import die_with_parent
+from launch.child import at_start
 from launch.hardware import GpuWatch
 
 MEET_S = 120.0  # torch may come from a slow file server on one node and not on the other
@@ -308,7 +308,7 @@ def _selfcheck(place: Place, num_gpus: int, environ: Mapping[str, str], timeout_
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=die_with_parent(),  # noqa: PLW1509 - this program has one thread
+            preexec_fn=at_start(shielded=True),  # noqa: PLW1509 - this program has one thread
         )
         try:
             yield lambda: None if process.poll() is None else _said(process.returncode, output)

@@ -234,9 +234,15 @@ def _without_word(attempt: Attempt) -> Finding | None:
 
 
 def _network(attempt: Attempt) -> Finding | None:
-    """All that is known is that ranks lost one another."""
+    """All that is known is that nodes did not meet, or that ranks lost one another."""
     if not attempt.lost:
-        return None
+        nodes = attempt.evidence.nodes
+        host, text = next(((host, node.network) for host, node in nodes.items() if node.network), (None, None))
+        if host is None:
+            return None
+        return Finding(
+            kind="network", action="retry", what=f"The nodes did not meet: {host}: {text}", known_by=str(text)
+        )
     first = attempt.lost[0]
     what = f"{sentence(first.where)} lost the others, and none of them failed: {first.sign.text}"
     return Finding(kind="network", action="retry", what=what, cause=first, known_by=first.sign.text)

@@ -160,7 +160,12 @@ def requeue(job_id: str, *, exclude: Sequence[str] = (), begin_in_s: float = 0.0
         check_room(job["Partition"], int(job["NumNodes"].partition("-")[0]), exclude)
     changes = [f"ExcNodeList={','.join(exclude)}"]
     changes += [f"StartTime=now+{begin_in_s:.0f}"] if begin_in_s else []
-    run("sh", "-c", _REQUEUE, "sh", job_id, *changes)
+    command = ("sh", "-c", _REQUEUE, "sh", job_id, *changes)
+    try:
+        run(*command)
+    except SlurmError as error:
+        said = str(error).removeprefix(f"{' '.join(command)}: ")
+        raise SlurmError(f"job {job_id} was not put back into the queue with {' '.join(changes)}: {said}") from None
 
 
 def unusable(hosts: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from launch import exclusions, slurm, snapshot
-from launch.cluster import load_cluster, site_folder
+from launch.cluster import load_cluster
 from launch.cluster_config import Cluster
 from launch.runs import open_run
 from launch.sbatch import python_command, sbatch_text, submitit_parameters
@@ -127,7 +127,7 @@ def submit(
     folder = run.path / "slurm"
     folder.mkdir(exist_ok=True)
     folder.chmod(_PRIVATE if cluster.private else _READABLE)  # what is pickled there is run: nobody else may write
-    parameters = _parameters(run, settings, _avoided(settings, exclude), after)
+    parameters = _parameters(run, settings, avoided(settings, exclude), after)
     if begin_in_s:
         parameters["additional_parameters"]["begin"] = f"now+{begin_in_s:.0f}"
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
@@ -141,10 +141,10 @@ def submit(
     return _note(run, str(job.job_id), settings)
 
 
-def _avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
+def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
     """These nodes, and those that are excluded on this cluster now; said."""
     cluster, name = settings.cluster, settings.cluster_name
-    found = exclusions.to_avoid(site_folder(cluster, name), cluster.partition, cluster.nodes)
+    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes)
     if found:
         say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
     return sorted({*exclude, *found})

@@ -21,6 +21,7 @@ class NodeReport:
         reported: its agent said at its end how it ended.
         exit_code: its child's; negative, or over 128, for a signal.
         ranks: which ran there.
+        network: why it did not meet the other nodes before training, where nobody can say whose fault that is.
         hardware: an Xid or another hardware error of this attempt, from the driver or NVML.
         tail: last lines of the launcher's own output there, torchrun's report of failed workers among them.
     """
@@ -30,6 +31,7 @@ class NodeReport:
     exit_code: int | None = None
     ranks: tuple[int, ...] = ()
     hardware: str | None = None
+    network: str | None = None
     tail: str = ""
 
 

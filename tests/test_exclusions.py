@@ -263,6 +263,15 @@ def test_a_node_whose_exclusion_has_ended_is_taken_again(slurm, tmp_path):
     assert slurm.wait_for(job, "RUNNING", restarts=2)["NodeList"] == "n[1-2,4]"
 
 
+def test_a_job_that_is_requeued_for_later_waits(slurm, tmp_path):
+    """Longer than Slurm makes it wait anyway, seconds here."""
+    job = slurm.submit("--requeue", *task(tmp_path, "again == '0' and slurm.requeue(job, begin_in_s=20)"))
+    slurm.wait_for(job, "PENDING", restarts=1)
+    begun = time.monotonic()
+    assert slurm.wait_for(job, "RUNNING", restarts=1)["ExcNodeList"] == "(null)"
+    assert time.monotonic() - begun > 12
+
+
 def test_a_job_is_not_requeued_into_a_wait_without_end(slurm, tmp_path):
     job = slurm.submit("--requeue", "--nodes=2", *task(tmp_path, "slurm.requeue(job, exclude=['n1', 'n2', 'n3'])"))
     said = slurm.wait_for_output(job, "refused")

@@ -174,6 +174,15 @@ CASES = {
     "no rendezvous, no outcome": (
         evidence({}, tails=dict.fromkeys(range(4), "DistNetworkError: Connection timed out, 10.0.0.1:29500")),
         "network", "retry", 4, False, "Connection timed out"),
+    "nodes that did not meet": (
+        evidence({}, nodes={"n1": NodeReport(network="no word from n2", ranks=(0, 1)), "n2": NodeReport(ranks=(2, 3))}),
+        "network", "retry", 4, False, "The nodes did not meet: n1: no word from n2"),
+    "a node that did not come, for it is dead": (
+        evidence({}, nodes={"n1": NodeReport(network="no word from n2", ranks=(0, 1)), **SILENT}),
+        "node_failure", "continue", 4, False, "Lost node n2"),
+    "a node that was refused, so the others lacked it": (
+        evidence({}, nodes={"n1": NodeReport(network="no word from n2", ranks=(0, 1)), **REFUSED}),
+        "preflight", "continue", 4, False, "3 of 4 GPUs answer"),
     "hang": (
         evidence(mute(2, 3), hang=HANG), "hang", "retry", 4, True,
         "Rank 2 on n2 hung in phase step at step 120 (its process is stopped by a signal)"),
