@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asr_train import checkpoints
+from asr_train.errors import say
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir
 from launch import exclusions, slurm
@@ -37,7 +38,10 @@ def conclude(
     verdict = judged(run, start, slurm_state=slurm_state, wait_s=wait_s, policy=policy)
     write_verdict(run, start, verdict)
     if verdict.exclude_hosts and (settings := _job_settings(run, start)) is not None:
-        exclusions.add(settings.site, exclusions.of_verdict(verdict, run.path))
+        try:
+            exclusions.add(settings.site, exclusions.of_verdict(verdict, run.path))
+        except OSError as error:  # the next job of this run avoids them all the same
+            say(f"other runs will not know of the excluded nodes: {error}")
     return verdict
 
 
@@ -76,6 +80,7 @@ def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_
         ranks=run.outcomes(attempt) if attempt is not None else {},
         nodes={host: _node(run, start, node, reports.get(node)) for node, host in enumerate(start.hosts)},
         slurm_state=slurm_state,
+        down_hosts=tuple(slurm.unusable(start.hosts)) if start.job_id is not None else (),
         stop_reason=first.get("stopped_by"),
         stop_time=first.get("stop_time"),
         resumed_step=_step(record.get("resumed_from")),

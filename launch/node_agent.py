@@ -160,7 +160,7 @@ def _checked_and_trained(node: _Node) -> dict[str, Any]:
 
 def _preflight(node: _Node, meet: str) -> dict[str, str | None] | None:
     """Whether training may start; None when it may, else what is known of this node that speaks against it."""
-    cluster, hosts = node.settings.cluster, node.start.hosts
+    cluster, hosts, begun_s = node.settings.cluster, node.start.hosts, time.monotonic()
     host = hosts[node.number]
 
     def is_asked() -> bool:
@@ -179,6 +179,7 @@ def _preflight(node: _Node, meet: str) -> dict[str, str | None] | None:
         is_asked=is_asked,
     )
     if preflight.may_start(found, hosts):
+        say(f"{host}: checked with the other nodes in {time.monotonic() - begun_s:.1f} s, all is well")
         return None
     for name, of_node in found.items():
         if text := of_node.problem or of_node.hardware or of_node.network:

@@ -222,7 +222,11 @@ def _disk_problems(run: RunDir) -> Iterator[str]:
     former = checkpoints.found(run.checkpoints)
     size = max((found.size_bytes for found in former), default=0)
     needed = 2 * size or _MIN_FREE_BYTES
-    disk = os.statvfs(run.path)
+    try:
+        disk = os.statvfs(run.path)
+    except OSError as error:
+        yield f"{run.path} cannot be looked at: {error.strerror or error}"
+        return
     free = disk.f_bavail * disk.f_frsize
     if free < needed:
         what = "two checkpoints take" if size else "checkpoints may take"

@@ -148,14 +148,15 @@ def _node_failure(attempt: Attempt) -> Finding | None:
         return None
     if attempt.ended_by is not None and not is_said and not lost_before_the_end(attempt):
         return None  # agents that are ended with their job say nothing
-    hosts = attempt.mute_hosts
+    hosts = tuple(host for host in attempt.mute_hosts if host in evidence.down_hosts) or attempt.mute_hosts
+    is_known = len(hosts) < len(evidence.nodes) or len(evidence.nodes) == 1  # agents that end with their job are mute
     reason = f"Slurm: {state}" if is_said else "its agent said nothing at its end"
     return Finding(
         kind="node_failure",
         action="continue",
-        what=f"Lost {named('node', hosts) if hosts else 'a node'}: {reason}",
+        what=f"Lost {named('node', hosts) if hosts and is_known else 'a node'}: {reason}",
         hosts=hosts,
-        exclude=tuple((host, reason) for host in hosts),
+        exclude=tuple((host, reason) for host in hosts) if is_known else (),
         is_guess=not is_said,
     )
 

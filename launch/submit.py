@@ -7,6 +7,7 @@ comment names the run, and the next call adopts it.
 import argparse
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ from asr_train.config import Recipe
 from asr_train.data.plan import check_world_size
 from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import read_json, write_json
-from asr_train.recipe import load_recipe, run_directory
+from asr_train.recipe import load_recipe, on_hub, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from launch import exclusions, slurm, snapshot
-from launch.cluster import load_cluster
+from launch.child import run_child
+from launch.cluster import environment, load_cluster
 from launch.cluster_config import Cluster
 from launch.runs import open_run
 from launch.sbatch import python_command, sbatch_text, submitit_parameters
@@ -75,9 +77,24 @@ def main(argv: Sequence[str]) -> int:
         cluster=cluster,
         continuation="requeue" if cluster.continuation == "auto" else cluster.continuation,
     )
+    _fetch(run, recipe, cluster)
     submission = submit(run, settings)
     print(f"{run.path}: submitted as job {submission.job_id}")
     return EXIT_DONE
+
+
+def _fetch(run: RunDir, recipe: Recipe, cluster: Cluster) -> None:
+    """Fill the profile's cache with what the recipe names on the hub, for jobs read from there alone.
+
+    Raises:
+        RunError: it could not be had.
+    """
+    if cluster.cache is None or not any(on_hub(recipe)):
+        return
+    command = [sys.executable, "-m", "asr_train.fetch", str(run.path / "recipe.yaml")]
+    online = {name: value for name, value in environment(cluster).items() if name != "HF_HUB_OFFLINE"}
+    if run_child(command, env={**os.environ, **online}).exit_code != EXIT_DONE:
+        raise RunError(f"{cluster.cache} could not be filled, and jobs read from nowhere else; see above")
 
 
 def retry(argv: Sequence[str]) -> int:

@@ -72,6 +72,7 @@ class Evidence:
         is_done: done.json is there.
         tails: rank -> last lines of its log.
         utterances: ids of the step that failed, from a `skipped` line or the plan.
+        down_hosts: nodes of the attempt that Slurm calls down, drained or failed now.
         excluded_hosts: already excluded now, by verdicts or by hand.
     """
 
@@ -90,6 +91,7 @@ class Evidence:
     hang: Hang | None = None
     tails: Mapping[int, str] = field(default_factory=dict)
     utterances: tuple[str, ...] = ()
+    down_hosts: tuple[str, ...] = ()
     excluded_hosts: tuple[str, ...] = ()
 
 

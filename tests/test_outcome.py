@@ -245,6 +245,25 @@ CASES = {
 }  # fmt: skip
 
 
+def lost_nodes(**more):
+    """Slurm ended a job for a node's failure, and all its agents with it."""
+    silent = {host: NodeReport(reported=False, ranks=ranks) for host, ranks in (("n1", (0, 1)), ("n2", (2, 3)))}
+    return judge(evidence({}, nodes=silent, slurm_state="NODE_FAIL", **more))
+
+
+def test_of_a_job_that_a_node_ended_only_the_node_that_is_down_is_excluded():
+    found = lost_nodes(down_hosts=("n2",))
+    assert found.message.startswith("Lost node n2: Slurm: NODE_FAIL")
+    assert [entry.host for entry in found.exclude_hosts] == ["n2"]
+
+
+def test_where_nobody_knows_which_node_it_was_none_is_excluded():
+    """The node is up again: its job's other nodes are as likely as it."""
+    found = lost_nodes()
+    assert found.message.startswith("Lost a node: Slurm: NODE_FAIL")
+    assert (found.action, found.exclude_hosts) == ("continue", ())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_verdict(name):
     given, kind, action, exit_code, uses_budget, text = CASES[name]
