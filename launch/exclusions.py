@@ -131,9 +131,11 @@ def _path(site: Path, host: str) -> Path:
 
 
 def _read(path: Path) -> ExcludedNode | None:
-    with suppress(OSError, ValueError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         content: dict[str, Any] = read_json(path)
         known = {field.name for field in fields(ExcludedNode)}
         kept = {name: value for name, value in content.items() if name in known}
+        if kept["host"] != path.stem or not _HOST.fullmatch(kept["host"]):
+            return None
         return ExcludedNode(**{**kept, "until": float(kept["until"]), "evidence": tuple(kept.get("evidence", ()))})
     return None

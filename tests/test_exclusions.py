@@ -66,6 +66,8 @@ def test_a_damaged_file_costs_no_other_node(tmp_path):
     (folder / "n1.json").write_text('{"host": "n1", "unti')
     write_json(folder / "n2.json", ["n2"])
     write_json(folder / "n4.json", {"host": "n4", "until": "soon"})
+    write_json(folder / "n5.json", {"host": "n5 --nodelist=n1", "since": 0, "until": 5e9, "reason": ""})
+    write_json(folder / "n6.json", {"reason": "no host"})
     assert [entry.host for entry in exclusions.live(tmp_path)] == ["n3"]
     exclusions.add(tmp_path, [bad("n1")])
     assert [entry.host for entry in exclusions.live(tmp_path)] == ["n1", "n3"]
