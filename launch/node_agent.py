@@ -25,9 +25,10 @@ from launch.cluster import accelerate_config
 from launch.cluster_config import as_bytes
 from launch.collect import conclude
 from launch.hardware import GpuWatch
+from launch.node_check import Wanted
 from launch.notify import notify
 from launch.placement import Rendezvous, place
-from launch.preflight import Place, Wanted
+from launch.preflight import Place
 from launch.rendezvous import Meeting
 from launch.requests import ask
 from launch.settings import JobSettings

@@ -12,10 +12,11 @@ import pytest
 
 from asr_train.files import hash_json, write_json
 from asr_train.run_dir import RunDir
-from launch import devices, hardware, preflight
+from launch import devices, hardware, node_check, preflight
 from launch.hardware import GpuWatch
+from launch.node_check import Preflight, Wanted
 from launch.outcome import judge
-from launch.preflight import Place, Preflight, Wanted
+from launch.preflight import Place
 from launch.verdict import Evidence, NodeReport
 
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -29,7 +30,7 @@ def run(tmp_path):
 
 
 def of_node(run, *commands, **more):
-    return preflight.check_node(run, "n1", Wanted(commands=commands, **more), ENVIRON)
+    return node_check.check_node(run, "n1", Wanted(commands=commands, **more), ENVIRON)
 
 
 def save_checkpoint(run, step, size):
@@ -69,7 +70,7 @@ def test_everything_that_is_wrong_is_said_at_once(run, monkeypatch):
 
 def test_gpus_that_are_hidden_are_named_as_that(run, monkeypatch):
     monkeypatch.setattr(devices, "_installed_gpus", lambda: ["GPU-1", "GPU-2"])
-    found = preflight.check_node(run, "n1", Wanted(num_gpus=2), {**ENVIRON, "CUDA_VISIBLE_DEVICES": "1"})
+    found = node_check.check_node(run, "n1", Wanted(num_gpus=2), {**ENVIRON, "CUDA_VISIBLE_DEVICES": "1"})
     assert "shows 1 of 2 GPUs (CUDA_VISIBLE_DEVICES=1)" in found.problem
 
 
@@ -97,7 +98,7 @@ def test_a_disk_that_takes_no_more_is_seen_by_writing(run, monkeypatch):
 
 
 def test_a_site_check_that_hangs_is_ended(run, monkeypatch):
-    monkeypatch.setattr(preflight, "_COMMAND_S", 0.3)
+    monkeypatch.setattr(node_check, "_COMMAND_S", 0.3)
     begun = time.monotonic()
     found = of_node(run, "sleep 60 | cat")
     assert "`sleep 60 | cat` did not end within" in found.problem
@@ -283,8 +284,7 @@ def test_a_node_with_other_versions_is_refused(run, tmp_path):
     there = place(tmp_path, 0, hosts=("n1", "n2", "n3"))
     for number, node in ((1, other), (2, third)):
         write_json(there.folder / f"preflight-{number}.json", {**asdict(node), "of_a_later_version": True})
-    write_json(there.folder / "preflight-0.json", asdict(Preflight(facts=mine.facts, is_final=True)))
-    found = preflight.judged(preflight._read_all(there), there.hosts)
+    found = preflight.check(run, there, Wanted(), environ=ENVIRON, timeout_s=1)
     assert found["n2"].problem.startswith("torch is 1.0, and ")
     assert [found["n1"].problem, found["n3"].problem] == [None, None]
 
@@ -297,6 +297,14 @@ def test_a_node_that_never_says_anything_is_named(run, tmp_path, monkeypatch):
     found = preflight.check(run, there, Wanted(), environ=ENVIRON, timeout_s=1)
     assert set(found) == {"n1"}
     assert "no word from n2" in found["n1"].network
+    assert not preflight.may_start(found, there.hosts)
+
+
+def test_without_a_word_from_node_0_no_node_starts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_MARGIN_S", 0.5)
+    there = place(tmp_path, 1)
+    found = preflight.check(run, there, Wanted(), environ=ENVIRON, timeout_s=0.5)
+    assert "no word from n1" in found["n2"].network
     assert not preflight.may_start(found, there.hosts)
 
 
