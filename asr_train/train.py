@@ -20,6 +20,7 @@ from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan, PlanSettings, check_world_size
+from asr_train.data.stage import on_this_node
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
 from asr_train.estimate import quadratic_share
 from asr_train.live_state import create_state
@@ -110,7 +111,7 @@ def _attempt(
     # 1. Data: prepared by one process, while the others wait on a file, not in a collective.
     strategy.check_environment(recipe)
     check_world_size(recipe.units_per_step, int(os.environ.get("WORLD_SIZE", "1")), recipe.allow_idle_ranks)
-    corpus = prepare(recipe) if is_main else wait_for_corpus(recipe)
+    corpus = on_this_node(prepare(recipe) if is_main else wait_for_corpus(recipe), say)
     check_metrics(recipe.eval.metrics, trust_remote_code=recipe.trust_remote_code)
 
     # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces. Its weights are

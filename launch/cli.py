@@ -32,6 +32,7 @@ VERBS = {
     "save": Verb("launch.requests:save", "have a training save and go on"),
     "cancel": Verb("launch.status:cancel", "end a run's job without saving"),
     "reconcile": Verb("launch.reconcile:main", "look after runs whose jobs are gone; says what, --act does it"),
+    "nodes": Verb("launch.nodes:main", "which nodes of a cluster jobs are kept off, why, until when; add, remove"),
     "checkpoints": Verb("launch.checkpoints:main", "a run's checkpoints: which are whole, which one it goes on from"),
     "evaluate": Verb("asr_train.evaluate:main", "WER and CER of a run or a model on a data set"),
     "export": Verb("asr_train.export:main", "make a model folder that transformers loads"),

@@ -24,6 +24,12 @@ _LIVE = (
 )  # fmt: skip
 
 
+# Signals that the shell ignores, what it starts ignores too.
+_REQUEUE = (
+    'trap "" TERM INT HUP USR1 USR2 CONT; job=$1; shift; scontrol requeue "$job" && scontrol update "JobId=$job" "$@"'
+)
+
+
 class SlurmError(WavefleetError):
     """A Slurm command failed; the text is its own message."""
 
@@ -148,24 +154,29 @@ def release(job_id: str) -> None:
 def requeue(job_id: str, *, exclude: Sequence[str] = (), begin_in_s: float = 0.0) -> None:
     """Put a running job back into the queue under its own id; ends it here, with SIGTERM first.
 
-    Only a job in the queue may be given other nodes or another time, so it is held for an instant. Called from the job
-    itself, this must survive SIGTERM; whoever ends within that instant leaves a held job.
+    Only a job in the queue may be given other nodes or another time. One that is being requeued is in the queue, and
+    does not start before its credentials have expired, seconds later. The commands are a shell's that ignores the
+    signals which the first of them brings. Should the others never run, the job comes back as it was: nothing holds it.
 
     Args:
         job_id: the job.
         exclude: nodes that it shall not come back on; replaces those that it was kept off before.
         begin_in_s: not before so many seconds.
+
+    Raises:
+        SlurmError: too few other nodes, so that it would never start; nothing was done. Or Slurm refused.
     """
-    changes = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
+    if exclude:
+        job = details(job_id)
+        check_room(job["Partition"], int(job["NumNodes"].partition("-")[0]), exclude)
+    changes = [f"ExcNodeList={','.join(exclude)}"]
     changes += [f"StartTime=now+{begin_in_s:.0f}"] if begin_in_s else []
-    if not changes:
-        run("scontrol", "requeue", job_id)
-        return
-    run("scontrol", "requeuehold", job_id)
+    command = ("sh", "-c", _REQUEUE, "sh", job_id, *changes)
     try:
-        run("scontrol", "update", f"JobId={job_id}", *changes)
-    finally:
-        run("scontrol", "release", job_id)
+        run(*command)
+    except SlurmError as error:
+        said = str(error).removeprefix(f"{' '.join(command)}: ")
+        raise SlurmError(f"job {job_id} was not put back into the queue with {' '.join(changes)}: {said}") from None
 
 
 def unusable(hosts: Sequence[str]) -> list[str]:
@@ -176,6 +187,43 @@ def unusable(hosts: Sequence[str]) -> list[str]:
         return []
     states = dict(line.split() for line in lines)
     return [host for host, state in states.items() if re.match("down|drain|fail|boot", state, re.IGNORECASE)]
+
+
+def node_states(partition: str | None = None) -> dict[str, str]:
+    """Node -> Slurm's state of it and, after a colon, the reason that was given; of some partitions, of all for None.
+
+    Raises:
+        SlurmError: slurmctld does not answer.
+    """
+    which = [] if partition is None else [f"--partition={partition}"]
+    lines = run("sinfo", "--noheader", "--Node", *which, "--format=%N|%T|%E").splitlines()
+    found = {}
+    for line in lines:
+        name, state, reason = line.split("|", 2)
+        found[name.strip()] = state if reason in ("", "none") else f"{state}: {reason}"
+    return found
+
+
+def default_partition() -> str | None:
+    """Where jobs go that name no partition; None where the cluster has no default."""
+    names = run("sinfo", "--noheader", "--format=%P").split()
+    return next((name.removesuffix("*") for name in names if name.endswith("*")), None)
+
+
+def check_room(partition: str, num_nodes: int, without: Sequence[str]) -> None:
+    """Refuse what would stay pending for ever: a job on more nodes than its partitions have without the excluded ones.
+
+    Raises:
+        SlurmError: says how many there are.
+    """
+    nodes = set(node_states(partition))
+    excluded = sorted(nodes & set(without))
+    if excluded and len(nodes) - len(excluded) < num_nodes:
+        raise SlurmError(
+            f"the job needs {num_nodes} of the {len(nodes)} nodes of {partition}, and {', '.join(excluded)} of them"
+            f" {'are' if len(excluded) > 1 else 'is'} excluded; it would never start. `wavefleet nodes --cluster P"
+            " --remove HOST` takes one back"
+        )
 
 
 def cancel(job_id: str) -> None:

@@ -61,8 +61,13 @@ def check_running(code: Path) -> None:
             raise RunError(f"{name} comes from {found}, and should come from the run's own copy in {code}")
 
 
+def running_hash() -> str:
+    """Hash of the code that this process runs, as it lies on disk here."""
+    return _hash(*_sources())
+
+
 def _sources() -> tuple[set[Path], Path]:
-    """What is copied, and the folder that it lies in."""
+    """Files and folders that make the program, and what their names are relative to."""
     root = Path(asr_train.__file__).parent.parent
     sources = {Path(module.__file__ or "").parent for module in (asr_train, launch)}
     sources |= {root / name for name in _SHIPPED if (root / name).is_dir()}

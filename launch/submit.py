@@ -22,7 +22,7 @@ from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, on_hub, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import signal_lead, slurm, snapshot
+from launch import exclusions, signal_lead, slurm, snapshot
 from launch.child import run_child
 from launch.cluster import environment, load_cluster
 from launch.cluster_config import Cluster
@@ -147,7 +147,9 @@ def submit(
     folder = run.path / "slurm"
     folder.mkdir(exist_ok=True)
     folder.chmod(_PRIVATE if cluster.private else _READABLE)  # what is pickled there is run: nobody else may write
-    parameters = _parameters(run, run.recipe().name, cluster, settings.code, exclude=exclude, after=after)
+    parameters = _parameters(
+        run, run.recipe().name, cluster, settings.code, exclude=avoided(settings, exclude), after=after
+    )
     if begin_in_s:
         parameters["additional_parameters"]["begin"] = f"now+{begin_in_s:.0f}"
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
@@ -159,6 +161,15 @@ def submit(
         except submitit.core.utils.FailedJobError as error:
             raise SlurmError(f"Slurm refused the job: {error}") from None
     return _note(run, str(job.job_id), settings)
+
+
+def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
+    """These nodes, and those that are excluded on this cluster now; said."""
+    cluster, name = settings.cluster, settings.cluster_name
+    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes)
+    if found:
+        say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
+    return sorted({*exclude, *found})
 
 
 @contextmanager
