@@ -28,6 +28,7 @@ VERBS = {
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
     "why": Verb("launch.status:why", "why the last attempt of a run ended, with the evidence"),
+    "logs": Verb("launch.logs:main", "what the ranks of a run wrote, and which failed first"),
     "stop": Verb("launch.requests:stop", "have a training save and stop"),
     "save": Verb("launch.requests:save", "have a training save and go on"),
     "cancel": Verb("launch.status:cancel", "end a run's job without saving"),

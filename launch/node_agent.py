@@ -24,6 +24,7 @@ from launch.child import Signals, nobody, run_child
 from launch.cluster import accelerate_config
 from launch.cluster_config import Cluster, as_bytes
 from launch.collect import conclude
+from launch.hang import HangWatch
 from launch.hardware import GpuWatch
 from launch.node_check import Wanted
 from launch.notify import notify
@@ -205,18 +206,31 @@ def _train(node: _Node, address: str, port: int, variables: Mapping[str, str]) -
     arguments = [str(node.run.path / "recipe.yaml"), f"run_dir={node.run.path}"]
     command = placement.command(arguments, rendezvous=meet, log_dir=logs)
     say(f"{start.hosts[node.number]}, node {node.number} of {num_nodes}: {shlex.join(command)}")
-    environ = placement.environ({**os.environ, **training_environment(cluster, start.name), **variables})
-    watch = _Watch(node)
-    return run_child(
-        command, env=environ, cwd=node.settings.code, receivers=nobody, signals=node.signals, is_over=watch
-    ).exit_code
+    with HangWatch(
+        start.ranks(node.number),
+        node.run.recipe().limits,
+        start.hangs(node.run),
+        node=node.number,
+        num_nodes=num_nodes,
+        host=start.hosts[node.number],
+    ) as hang_watch:
+        ours = {**training_environment(cluster, start.name), **variables, **hang_watch.environment}
+        environ = placement.environ({**os.environ, **ours})
+        return run_child(
+            command,
+            env=environ,
+            cwd=node.settings.code,
+            receivers=nobody,
+            signals=node.signals,
+            is_over=_Watch(node, hang_watch),
+        ).exit_code
 
 
 class _Watch:
-    """What this agent does while its ranks train: shows that it lives, and passes the wish to stop on."""
+    """What this agent does while its ranks train: shows that it lives, passes the wish to stop on, sees a hang."""
 
-    def __init__(self, node: _Node) -> None:
-        self._node = node
+    def __init__(self, node: _Node, hang_watch: HangWatch) -> None:
+        self._node, self._hang_watch = node, hang_watch
         self._next_beat_s = 0.0
 
     def __call__(self, child: psutil.Process) -> bool:
@@ -226,7 +240,7 @@ class _Watch:
             node.meeting.beat()
         if node.signals.first is not None:
             ask(node.run, "stop")  # again and again, for an attempt that is just starting forgets old requests
-        return False
+        return self._hang_watch.look()
 
 
 def training_environment(cluster: Cluster, start: str) -> dict[str, str]:
