@@ -16,7 +16,7 @@ from asr_train import checkpoints, lock
 from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
-from launch import slurm
+from launch import slurm, then
 from launch.node_agent import VERDICTS
 from launch.runs import open_run
 from launch.slurm import SlurmError
@@ -119,6 +119,7 @@ def describe(run: RunDir) -> dict[str, Any]:
         "audio_s_per_s": last.get("audio_s_per_s"),
         "left_s": left_s,
         "checkpoint": saved[-1].name if saved else None,
+        "then": then.shown(run),
         "slurm_problem": problem,
     }
 

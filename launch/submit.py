@@ -20,7 +20,7 @@ from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import append_jsonl, read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import slurm, snapshot
+from launch import slurm, snapshot, then
 from launch.cluster import agent_settings, load_cluster
 from launch.cluster_config import Cluster
 from launch.node_agent import SETTINGS, VERDICTS, NodeAgent
@@ -39,6 +39,17 @@ class Submission:
     code: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the command line asks for besides recipe and profile; see its help."""
+
+    retry: bool = False
+    force: bool = False
+    allow_change: bool = False
+    update_code: bool = False
+    followers: tuple[str, ...] = ()
+
+
 def main(argv: Sequence[str]) -> int:
     """Submit a training, or say which job does it already."""
     options = _parser().parse_intermixed_args(argv)
@@ -46,25 +57,46 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
     cluster = load_cluster(options.cluster, changes)
     run = RunDir(run_directory(recipe))
-    _check_size(recipe, cluster)
+    check_size(recipe, cluster)
     if options.dry_run:
-        print(_text(run, recipe, cluster), end="")
+        print(batch_text(run, recipe, cluster), end="")
         return EXIT_DONE
+    wishes = Wishes(
+        retry=options.retry,
+        force=options.force,
+        allow_change=options.allow_change,
+        update_code=options.update_code,
+        followers=then.read_verbs(options.then) if options.then is not None else (),
+    )
+    print(start(run, recipe, cluster, options.cluster, wishes))
+    return EXIT_DONE
+
+
+def start(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, wishes: Wishes) -> str:
+    """Have a run trained by a job, unless one does already; what happened, in a line.
+
+    Raises:
+        RunError: it is done, failed, trained elsewhere or of another recipe, and that was not asked for.
+        SlurmError: Slurm does not answer, or refused.
+    """
     run.make()
     run.path.chmod(0o700)  # its owner's alone: it holds what jobs run
     if live := _live(run):
-        print(f"{run.path}: job {live[0].job_id} is {live[1].state} already")
-        return EXIT_DONE
-    _check_may_start(run, retry=options.retry, force=options.force)
-    run.claim(recipe, allow_change=options.allow_change)
-    if options.force:
+        if wishes.followers:
+            then.ask(run, wishes.followers)
+            then.chain(run, cluster, Path(live[0].code), live[0].job_id)
+        return f"{run.path}: job {live[0].job_id} is {live[1].state} already"
+    _check_may_start(run, retry=wishes.retry, force=wishes.force)
+    run.claim(recipe, allow_change=wishes.allow_change)
+    if wishes.force:
         run.done.unlink(missing_ok=True)
-    if options.retry:  # what failed before is not held against what comes now
+    if wishes.retry:  # what failed before is not held against what comes now
         append_jsonl(run.path / VERDICTS, {"event": "retried", "time": time.time()})
-    code = _code(run, renew=options.update_code)
-    submission = submit(run, recipe, cluster, options.cluster, code)
-    print(f"{run.path}: submitted as job {submission.job_id}")
-    return EXIT_DONE
+    if wishes.followers:
+        then.ask(run, wishes.followers)
+    code = _code(run, renew=wishes.update_code)
+    submission = submit(run, recipe, cluster, cluster_name, code)
+    return f"{run.path}: submitted as job {submission.job_id}"
 
 
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -95,7 +127,12 @@ def submit(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, cod
         job = executor.submit(NodeAgent(str(run.path)))
     except submitit.core.utils.FailedJobError as error:
         raise SlurmError(f"Slurm refused the job: {error}") from None
-    return _note(run, str(job.job_id), cluster_name, cluster.nodes, code)
+    submission = _note(run, str(job.job_id), cluster_name, cluster.nodes, code)
+    try:
+        then.chain(run, cluster, code, submission.job_id)
+    except SlurmError as error:
+        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
+    return submission
 
 
 def submissions(run: RunDir) -> list[Submission]:
@@ -150,7 +187,8 @@ def _check_may_start(run: RunDir, *, retry: bool, force: bool) -> None:
         )
 
 
-def _check_size(recipe: Recipe, cluster: Cluster) -> None:
+def check_size(recipe: Recipe, cluster: Cluster) -> None:
+    """Refuse more processes than a step has units, unless the recipe allows it."""
     check_world_size(recipe.units_per_step, cluster.num_processes * cluster.nodes, recipe.allow_idle_ranks)
 
 
@@ -176,7 +214,7 @@ def _parameters(run: RunDir, recipe: Recipe, cluster: Cluster, code: Path) -> di
     return parameters
 
 
-def _text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
+def batch_text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
     """What would be submitted; nothing is touched."""
     parameters = submitit_parameters(
         cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, comment="wavefleet:<run id>"
@@ -197,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")
     parser.add_argument("--force", action="store_true", help="go on with a run that is done")
+    parser.add_argument("--then", metavar="VERB,VERB", help="what follows when the run is done: evaluate, export")
     parser.add_argument("--allow-change", action="store_true", help="go on with a run that another recipe started")
     parser.add_argument("--update-code", action="store_true", help="copy today's code, in place of the run's own")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
