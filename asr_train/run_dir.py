@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from asr_train.checkpoints import order
 from asr_train.config import Recipe
@@ -35,6 +35,7 @@ from asr_train.files import append_jsonl, read_json, read_jsonl, write_json, wri
 from asr_train.lock import HeartbeatLock, LockHeldError
 from asr_train.recipe import dump_recipe, identity, read_resolved, recipe_hash
 
+START: Final = "WAVEFLEET_START"  # in the environment of ranks: who started them, by a name of theirs
 _LIBRARIES = ("wavefleet", "torch", "transformers", "accelerate", "datasets", "numpy", "deepspeed")
 
 
@@ -152,7 +153,8 @@ class RunDir:
     def start_attempt(self, facts: Mapping[str, Any]) -> int:
         """Number this life of the run, and write what it runs with; for one process, the lock's holder."""
         attempt = self.newest_attempt() + 1
-        record = {"attempt": attempt, "started": time.time(), **environment(), **facts}
+        start = os.environ.get(START)
+        record = {"attempt": attempt, "start": start, "started": time.time(), **environment(), **facts}
         write_json(self._attempt_file(attempt), record)
         return attempt
 

@@ -18,7 +18,7 @@ from typing import Final
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 IMPATIENT_S: Final = 2.0  # a second Ctrl-C sooner than this may be the first one, arriving twice
 _POLL_S = 0.5
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 class StopFlag:
@@ -101,4 +101,4 @@ def follow_launcher() -> None:
     """
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # set by `accelerate launch`, always
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -28,6 +28,7 @@ VERBS = {
     ),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
     "submit": Verb("launch.submit:main", "train on a Slurm cluster; the same command again says which job does"),
+    "retry": Verb("launch.submit:retry", "another job for a run that failed, as it was submitted"),
     "sweep": Verb("launch.sweep:main", "a run for every combination of values, listed with their best WER"),
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
@@ -35,6 +36,7 @@ VERBS = {
     "stop": Verb("launch.requests:stop", "have a training save and stop"),
     "save": Verb("launch.requests:save", "have a training save and go on"),
     "cancel": Verb("launch.status:cancel", "end a run's job without saving"),
+    "reconcile": Verb("launch.reconcile:main", "look after runs whose jobs are gone; says what, --act does it"),
     "checkpoints": Verb("launch.checkpoints:main", "a run's checkpoints: which are whole, which one it goes on from"),
     "evaluate": Verb(
         "asr_train.evaluate:main", "WER and CER of a run or a model on a data set", "launch.remote:evaluate"

@@ -1,11 +1,11 @@
 """Reading a cluster profile, what a site's Slurm wants to be told: a checked `Cluster`, or all its errors at once.
 
-`sbatch.py` turns it into a job; the node agent is told its part of it by `agent_settings`.
+`sbatch.py` turns it into a job; the node agents read the checked profile from the run directory.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,6 @@ _OURS_SRUN = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgentSettings:
-    """What the node agent needs of a profile: plain values, `AgentSettings(**json.loads(...))` reads them back."""
-
-    processes_per_node: int
-    accelerate: str  # a shipped config's name, or an absolute path
-    signal_lead_s: int
-    process_group_timeout_s: int
-    rendezvous_interface: str | None
-
-
 _CLUSTER: TypeAdapter[Cluster] = TypeAdapter(Cluster)
 
 
@@ -76,20 +65,20 @@ def load_cluster(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Clu
     return _absolute(decode(_CLUSTER, Cluster, values, str(path), problems, _contradictions))
 
 
-def agent_settings(cluster: Cluster) -> AgentSettings:
-    """What the node agent is told."""
-    return AgentSettings(
-        processes_per_node=cluster.num_processes,
-        accelerate=_accelerate(cluster),
-        signal_lead_s=cluster.signal_lead_s,
-        process_group_timeout_s=cluster.process_group_timeout_s,
-        rendezvous_interface=cluster.rendezvous_interface,
-    )
-
-
 def site_folder(cluster: Cluster, name: str) -> Path:
     """Where what is learned of a cluster is kept for all its runs: excluded nodes, what `doctor` found."""
     return Path(cluster.shared or "~/.wavefleet").expanduser() / Path(name).stem
+
+
+def to_json(cluster: Cluster) -> dict[str, Any]:
+    """Plain values of a checked profile; `from_json` reads them back."""
+    values: dict[str, Any] = _CLUSTER.dump_python(cluster, mode="json")
+    return values
+
+
+def from_json(values: Mapping[str, Any]) -> Cluster:
+    """The profile that `to_json` wrote."""
+    return _CLUSTER.validate_python(values)
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
@@ -105,7 +94,8 @@ def _cache_environment(cache: str | None) -> dict[str, str]:
     return {**folders, "HF_HUB_OFFLINE": "1"}
 
 
-def _accelerate(cluster: Cluster) -> str:
+def accelerate_config(cluster: Cluster) -> str:
+    """An accelerate config: a shipped one's name, or an absolute path."""
     if cluster.accelerate is not None:
         return cluster.accelerate
     if cluster.gpus_per_node == 0:

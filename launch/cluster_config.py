@@ -134,6 +134,7 @@ class Cluster(_Strict):
         "how a run goes on: its job put back into the queue, or another job; auto is what `doctor` found to work",
         "auto",
     )
+    private: bool = setting("run directories are their owner's alone; false lets others read them", True)
     shared: Text | None = setting(
         "folder that all nodes share, for what is learned of the cluster; null is ~/.wavefleet", None
     )

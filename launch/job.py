@@ -1,6 +1,6 @@
 """Commands of the training program as jobs of one node: `python -m asr_train.evaluate ...` as a job, or many as arrays.
 
-A job folder, its owner's alone, holds what they need and what they leave: the code, job.json, and for each command
+A job folder holds what they need and what they leave: the code, job.json, and for each command
 NAME.out, NAME.err and, once it has ended, NAME.json. Jobs are submitted held, written down, then released.
 """
 
@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,9 +22,10 @@ from asr_train.files import hash_json, read_json, write_json
 from launch import slurm
 from launch.child import run_child
 from launch.cluster_config import Cluster
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
 from launch.slurm import SlurmError
 from launch.snapshot import check_running
+from launch.task import Task
 
 JOB = "job.json"  # what is run, and what Slurm is asked for
 SUBMITTED = "submitted.json"  # the newest submission
@@ -45,31 +46,29 @@ class Command:
 
 
 @dataclass(frozen=True)
-class CommandTask:
-    """What submitit stores, by reference to this module: a job folder, and which of its commands."""
-
-    folder: str
-    number: int
-
-    def __call__(self) -> None:
-        """Run the command.
-
-        Raises:
-            CommandError: it failed; so Slurm knows it too.
-        """
-        folder = Path(self.folder)
-        command = commands(folder)[self.number]
-        if (exit_code := run_command(folder, command)) != EXIT_DONE:
-            raise CommandError(f"{command.name} ended with {exit_code}: {last_words(folder, command.name)}")
-
-
-@dataclass(frozen=True)
 class Submitted:
     """The newest submission of a job folder; until `released` its jobs are held."""
 
     job_ids: tuple[str, ...]
     time: float
     released: bool
+
+
+def task(folder: Path, name: str) -> Task:
+    """What submitit stores for a command: this module's name and a path."""
+    return Task(__name__, str(folder / name))
+
+
+def run_task(path: Path) -> None:
+    """Run a command in its job: `FOLDER/NAME`.
+
+    Raises:
+        CommandError: it failed; so Slurm knows it too.
+    """
+    folder, name = path.parent, path.name
+    (command,) = (command for command in commands(folder) if command.name == name)
+    if (exit_code := run_command(folder, command)) != EXIT_DONE:
+        raise CommandError(f"{name} ended with {exit_code}: {last_words(folder, name)}")
 
 
 # --- submitting -------------------------------------------------------------------------------------------------
@@ -126,19 +125,19 @@ def write_job(folder: Path, cluster: Cluster, code: Path, job_name: str, to_run:
     write_json(folder / JOB, content)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a job folder, if it is not there; it holds what jobs run, and is its owner's alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    (folder / "slurm").mkdir(mode=0o700, exist_ok=True)
+def make_folder(folder: Path, cluster: Cluster) -> None:
+    """Make a job folder, if it is not there; it holds what jobs run: others may read it at most."""
+    for path in (folder, folder / "slurm"):
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700 if cluster.private else 0o755)
 
 
-def hold(folder: Path, tasks: Sequence[Callable[[], None]], *, after: str | None = None) -> list[str]:
+def hold(folder: Path, tasks: Sequence[Task], *, after: str | None = None) -> list[str]:
     """Submit tasks held: one as a job, more as an array, or as several where the cluster's arrays are smaller.
 
     Args:
         folder: with its job.json.
-        tasks: picklable by reference to a module.
+        tasks: what they run.
         after: what they wait for, `afterok:12` say; jobs that wait in vain are cancelled.
 
     Returns:
@@ -154,19 +153,18 @@ def hold(folder: Path, tasks: Sequence[Callable[[], None]], *, after: str | None
     if after is not None:
         parameters["dependency"] = after
         parameters["additional_parameters"] = {**parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
-    for name in [name for name in os.environ if name.startswith("SBATCH_")]:  # would win over the profile, silently
-        say(f"{name}={os.environ.pop(name)} of your shell is left out; set it in the profile")
     executor = submitit.SlurmExecutor(folder / "slurm", python=job["python"])
     executor.update_parameters(**parameters)
     size = max(1, slurm.max_array_size()) if len(tasks) > 1 else 1
     job_ids: list[str] = []
-    for start in range(0, len(tasks), size):
-        try:
-            jobs = executor.submit_array(tasks[start : start + size])
-        except submitit.core.utils.FailedJobError as error:
-            drop(job_ids)
-            raise SlurmError(f"Slurm refused the job: {error}") from None
-        job_ids.append(str(jobs[0].job_id).partition("_")[0])
+    with without_slurm_variables():
+        for start in range(0, len(tasks), size):
+            try:
+                jobs = executor.submit_array(tasks[start : start + size])
+            except submitit.core.utils.FailedJobError as error:
+                drop(job_ids)
+                raise SlurmError(f"Slurm refused the job: {error}") from None
+            job_ids.append(str(jobs[0].job_id).partition("_")[0])
     return job_ids
 
 
@@ -255,12 +253,11 @@ def run_command(folder: Path, command: Command) -> int:
     check_running(Path(job["code"]))
     for number in _WARNINGS:
         signal.signal(number, signal.SIG_IGN)
-    os.chdir(job["cwd"])
     with _output_to(folder / f"{command.name}.out", folder / f"{command.name}.err"):
         # without this Python would look for modules in the working directory first
-        end = run_child(
-            [sys.executable, "-m", command.module, *command.arguments], env={**os.environ, "PYTHONSAFEPATH": "1"}
-        )
+        environ = {**os.environ, "PYTHONSAFEPATH": "1"}
+        program = [sys.executable, "-m", command.module, *command.arguments]
+        end = run_child(program, env=environ, cwd=Path(job["cwd"]))
     if end.stopped_by is None:
         record = {"exit_code": end.exit_code, "job_id": _job_id(), "host": socket.gethostname(), "time": time.time()}
         write_json(folder / f"{command.name}.json", record)

@@ -1,221 +1,111 @@
-"""`wavefleet train`: picks the accelerate config for this machine, runs `accelerate launch`, says how it ended."""
+"""`wavefleet train`: trains on this machine, or on all nodes of the allocation that it is in; says how it ended."""
 
 import argparse
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+import socket
+import time
+from collections.abc import Sequence
 
-import yaml
-
-from asr_train import lock, resources
+from asr_train import lock
 from asr_train.config import Recipe
-from asr_train.data.plan import check_world_size
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, RunError, say
+from asr_train.errors import EXIT_FAILED, RunError, say
 from asr_train.recipe import load_recipe, run_directory
-from asr_train.run_dir import RunDir, locked_message
-from launch import devices
-from launch.child import Ended, run_child, workers
+from asr_train.run_dir import START, RunDir, locked_message
+from launch import allocation
+from launch.child import Ended, Signals, run_child, workers
+from launch.collect import conclude
+from launch.notify import notify
+from launch.placement import Placement, place
+from launch.starts import Start, next_local, retried
+from launch.verdict import Policy, Verdict
 
-# torchrun kills its workers 30 s after it passed a stop signal on, saved or not; here no scheduler waits for us.
-SHUTDOWN_TIMEOUT_S = 3600
-
-
-class Rendezvous(NamedTuple):
-    """Where the nodes of a job meet, and which of them this is."""
-
-    num_nodes: int
-    node: int
-    address: str
-    port: int
-    id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where a training runs: an accelerate config file, and how many processes a node of how many threads."""
-
-    config: Path
-    num_processes: int
-    num_threads: int
-    on_cpu: bool
-
-    def command(
-        self, arguments: Sequence[str], *, rendezvous: Rendezvous | None = None, log_dir: Path | None = None
-    ) -> list[str]:
-        """`accelerate launch` with explicit flags; what accelerate would otherwise guess is said.
-
-        Args:
-            arguments: of the training program.
-            rendezvous: where several nodes meet; this machine alone when None.
-            log_dir: each rank's output goes there too.
-        """
-        # port 0 is any free one, so that two runs share a machine
-        meet = rendezvous or Rendezvous(1, 0, "127.0.0.1", 0, "")
-        num_processes = self.num_processes * meet.num_nodes
-        flags = ["--config_file", str(self.config), "--num_machines", str(meet.num_nodes)]
-        flags += ["--machine_rank", str(meet.node), "--num_processes", str(num_processes)]
-        flags += ["--num_cpu_threads_per_process", str(self.num_threads), "--quiet"]
-        flags += ["--main_process_port", str(meet.port)]
-        if meet.num_nodes > 1:
-            flags += ["--main_process_ip", meet.address, "--rdzv_backend", "static", "--max_restarts", "0"]
-        if log_dir is not None and num_processes > 1:  # a single one writes to our own output
-            flags += ["--log_dir", str(log_dir), "--tee", "3"]
-        if self.on_cpu and num_processes == 1:
-            flags.append("--cpu")  # a plain process; with more processes this flag would start one all the same
-        return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "asr_train", *arguments]
-
-    def environ(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Our environment and what `accelerate launch` takes from there alone."""
-        extra = {"ACCELERATE_USE_CPU": "true"} if self.on_cpu else {}
-        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S), **environ, **extra}
-
-    def __str__(self) -> str:
-        processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
-        return f"{self.config.stem}, {processes}, CPU threads each: {self.num_threads}"
+_POLICY = Policy(max_excluded_hosts=0)  # there is no other node
+_POLL_S = 0.2
 
 
 def main(argv: Sequence[str]) -> int:
     """Train on this machine; returns 0 done, 2 wrong recipe, 3 stopped and saved, 4 failed, 5 no usable checkpoint."""
     options = _parser().parse_intermixed_args(argv)
     recipe = load_recipe(options.recipe, options.overrides)
-    placement = place(recipe, accelerate=options.accelerate, processes=options.processes)
     run = RunDir(run_directory(recipe))
-    _claim(run, recipe, allow_change=options.allow_change)
+    if allocation.is_inside(os.environ):
+        _claim(run, recipe, allow_change=options.allow_change, takes_change=True)
+        return allocation.train(run, recipe, accelerate=options.accelerate, processes=options.processes)
+    placement = place(recipe, accelerate=options.accelerate, processes=options.processes)
+    _claim(run, recipe, allow_change=options.allow_change, takes_change=False)
     say(f"{run.path}: {placement}")
-
-    attempts_before = _attempts(run)
     switches = [flag for flag, given in (("--allow-change", options.allow_change), ("--debug", options.debug)) if given]
-    command = placement.command([options.recipe, *options.overrides, *switches])
-    ended = run_child(command, env=placement.environ(os.environ), receivers=workers)
+    retried(run)
+    with (signals := Signals()).installed():
+        while True:
+            start = Start(
+                name=next_local(run),
+                hosts=(socket.gethostname(),),
+                processes_per_node=placement.num_processes,
+                time=time.time(),
+            )
+            start.write(run)
+            ended = _train(run, start, placement, [options.recipe, *options.overrides, *switches], signals)
+            if start.attempt(run) is None and not run.done.exists():
+                return _never_began(ended)
+            verdict = conclude(run, start, policy=_POLICY)
+            if verdict.action != "retry" or ended.stopped_by is not None:
+                return _end(run, verdict)
+            say(f"{verdict.kind}: {verdict.message}")
+            if not _pause(verdict.wait_s, signals):
+                return verdict.exit_code
 
-    code, message = verdict(_new_outcomes(run, attempts_before), placement.num_processes, ended)
-    if message:
-        say(message)
-    return code
 
-
-def place(recipe: Recipe, *, accelerate: str | None, processes: int | None, num_nodes: int = 1) -> Placement:
-    """Choose the accelerate config and the number of processes, and refuse what could not work.
-
-    Args:
-        recipe: says how many units a step has.
-        accelerate: a config file, or the name of a shipped one; None takes what fits the machine.
-        processes: a node; None takes the config's, which for the shipped GPU configs is one a GPU.
-        num_nodes: nodes like this one.
-
-    Raises:
-        RecipeError: no such config, one for other hardware, or more processes than GPUs or units.
-    """
-    gpus = usable_gpus()
-    is_single = (processes or gpus) * num_nodes == 1
-    name = accelerate or ("cpu" if gpus == 0 else "one_gpu" if is_single else "ddp")
-    try:
-        config = resources.find("accelerate_configs", name).absolute()
-    except FileNotFoundError as error:
-        raise RecipeError(f"--accelerate: {error}") from None
-    values = _read_config(config)
-    on_cpu = bool(values.get("use_cpu")) or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    own = values.get("num_processes")
-    num_processes = processes or (own if isinstance(own, int) else gpus)
-    if problem := _mismatch(values, gpus=gpus, on_cpu=on_cpu, num_processes=num_processes):
-        raise RecipeError(f"{config.name}: {problem}")
-    check_world_size(recipe.units_per_step, num_processes * num_nodes, recipe.allow_idle_ranks)
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return Placement(
-        config=config,
-        num_processes=num_processes,
-        num_threads=int(threads) if threads.isdigit() else max(1, devices.num_cores() // num_processes),
-        on_cpu=on_cpu,
+def _train(run: RunDir, start: Start, placement: Placement, arguments: Sequence[str], signals: Signals) -> Ended:
+    """One life of the training program."""
+    logs = start.logs(run, 0)
+    command = placement.command(arguments, log_dir=logs)
+    environ = placement.environ({**os.environ, START: start.name})
+    ended = run_child(command, env=environ, receivers=workers, signals=signals)
+    number = ended.stopped_by
+    start.meeting(run, 0).report(
+        {
+            "exit_code": ended.exit_code,
+            "stopped_by": None if number is None else "user",
+            "stop_time": signals.time,
+        }
     )
+    return ended
 
 
-def verdict(outcomes: Mapping[int, Mapping[str, Any]], num_processes: int, ended: Ended) -> tuple[int, str]:
-    """Exit code and closing message of an attempt, from what each rank wrote about its end.
-
-    `accelerate launch` itself only ends with 0 or 1. When a rank fails its peers fail of it: the first one counts,
-    and one that only lost a peer is no cause.
-    """
-    if not outcomes:
-        return _without_outcomes(ended)
-    failed = {rank: outcome for rank, outcome in outcomes.items() if outcome["status"] == "failed"}
-    causes = {rank: outcome for rank, outcome in failed.items() if not outcome.get("lost_peer")}
-    silent = sorted(set(range(num_processes)) - set(outcomes))
-    if silent and not causes:
-        ranks = ", ".join(str(rank) for rank in silent)
-        return EXIT_FAILED, f"failed: no word from rank {ranks}: it was killed, for want of memory perhaps"
-    if failed := causes or failed:
-        rank = min(failed, key=lambda rank: (failed[rank].get("time", 0), rank))
-        return int(failed[rank]["exit_code"]) or EXIT_FAILED, f"failed: rank {rank}: {failed[rank]['message']}"
-    code = max(int(outcome["exit_code"]) for outcome in outcomes.values())
-    return code, ""
-
-
-def _without_outcomes(ended: Ended) -> tuple[int, str]:
-    if ended.exit_code == EXIT_DONE:
-        return EXIT_DONE, ""
+def _never_began(ended: Ended) -> int:
+    """Exit code of a training program that ended before its attempt began."""
     if ended.stopped_by is not None:
-        return 128 + ended.stopped_by, "stopped before training began; there was nothing to save"
-    return EXIT_FAILED, "failed: the training program ended before it began; its messages are above"
+        say("stopped before training began; there was nothing to save")
+        return 128 + ended.stopped_by
+    say("failed: the training program ended before it began; its messages are above")
+    return EXIT_FAILED
 
 
-def _claim(run: RunDir, recipe: Recipe, *, allow_change: bool) -> None:
+def _end(run: RunDir, verdict: Verdict) -> int:
+    """Say how it ended, where the training program itself has not."""
+    if verdict.kind not in ("done", "stopped_by_user", "time_limit"):
+        say(f"{verdict.kind}: {verdict.message}")
+    notify(run, verdict)
+    return verdict.exit_code
+
+
+def _pause(seconds: float, signals: Signals) -> bool:
+    """Wait before another attempt; whether nobody asked to stop meanwhile."""
+    until = time.monotonic() + seconds
+    while signals.first is None and time.monotonic() < until:
+        time.sleep(_POLL_S)
+    return signals.first is None
+
+
+def _claim(run: RunDir, recipe: Recipe, *, allow_change: bool, takes_change: bool) -> None:
     """Refuse a live run and a run of another recipe before anything is started."""
     run.make()
     path = run.path / "lock.json"
     if held := lock.holder(path):
         raise RunError(locked_message(run, lock.LockHeldError(path, held)))
-    if not allow_change:  # the training program itself takes changes, and says which
-        run.claim(recipe)
-
-
-def _attempts(run: RunDir) -> set[str]:
-    return {path.stem for path in (run.path / "attempts").glob("attempt-*.json")}
-
-
-def _new_outcomes(run: RunDir, attempts_before: set[str]) -> dict[int, dict[str, Any]]:
-    """Rank -> what it wrote, for the attempt that began since; empty when none did."""
-    new = _attempts(run) - attempts_before
-    if not new:
-        return {}
-    return run.outcomes(int(max(new).removeprefix("attempt-")))
-
-
-def usable_gpus() -> int:
-    """GPUs that this torch can use; says so where there are others."""
-    gpus = devices.num_gpus()
-    if gpus and devices.torch_is_cpu_build():
-        say(f"this torch is a CPU build and cannot use the {gpus} GPU(s) of this machine")
-        return 0
-    return gpus
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict) or "distributed_type" not in values:
-        raise RecipeError(f"{path} is no accelerate config: it has no distributed_type")
-    return values
-
-
-def _mismatch(values: Mapping[str, Any], *, gpus: int, on_cpu: bool, num_processes: int) -> str | None:
-    """Why this config cannot run so many processes here; accelerate would often do something else, silently."""
-    kind = str(values["distributed_type"])
-    if values.get("num_machines", 1) != 1:
-        return "it is for several machines; wavefleet train uses one"
-    if not on_cpu and gpus == 0:
-        return "it is for GPUs, and this machine shows none; use --accelerate cpu"
-    if not on_cpu and num_processes > gpus:
-        return f"{num_processes} processes need as many GPUs, and this machine shows {gpus}; use --processes {gpus}"
-    if on_cpu and kind in ("FSDP", "DEEPSPEED"):
-        return f"{kind} needs GPUs; use --accelerate cpu"
-    if kind in ("NO", "False", "MULTI_CPU") and num_processes > 1:
-        return f"distributed_type {kind} runs one process, not {num_processes}; use --accelerate cpu or ddp"
-    return None
+    if takes_change or not allow_change:  # else the training program itself takes changes, and says which
+        run.claim(recipe, allow_change=allow_change)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -223,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to change, optim.lr=1e-5 say")
     parser.add_argument("--accelerate", metavar="FILE", help="accelerate config: a file, or a shipped one by name")
-    parser.add_argument("--processes", type=_count, metavar="N", help="processes on this machine")
+    parser.add_argument("--processes", type=_count, metavar="N", help="processes on this machine, or on each node")
     parser.add_argument("--allow-change", action="store_true", help="go on with a run although its recipe changed")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -1,81 +1,62 @@
 """What runs once on every node of a job: finds the other nodes, starts `accelerate launch`, stops it in time, says why.
 
-submitit stores this class by its module's name, with the run directory and nothing else; everything else is read from
-the run directory. A stop is two-phase: the agents ask by file, the ranks agree on a step, save and end; only then does
-node 0 put the job back into the queue.
+`task.Task` calls it where submitit starts the job; `python -m launch.node_agent RUN`, under srun, does without.
+All that it needs is in the run directory. A stop is two-phase: the agents ask by file, the ranks agree on a step, save
+and end; only then does node 0 put the job back into the queue.
 """
 
 import os
 import shlex
 import signal
-import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from asr_train import checkpoints
-from asr_train.errors import EXIT_DONE, EXIT_STOPPED, WavefleetError, say
-from asr_train.files import append_jsonl, read_json, read_jsonl
-from asr_train.run_dir import RunDir
-from launch import slurm
-from launch.child import die_with_parent
-from launch.cluster import AgentSettings
-from launch.local import Rendezvous, place
-from launch.outcome import judge
+import psutil
+
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, WavefleetError, run_main, say
+from asr_train.run_dir import START, RunDir
+from launch import continuation, slurm
+from launch.child import Signals, nobody, run_child
+from launch.cluster import accelerate_config
+from launch.collect import conclude
+from launch.notify import notify
+from launch.placement import Rendezvous, place
 from launch.rendezvous import Meeting
-from launch.slurm import SlurmError
+from launch.requests import ask
+from launch.settings import JobSettings
+from launch.slurm import JobState, SlurmError
 from launch.snapshot import check_running
-from launch.verdict import Evidence, NodeReport, Policy, Verdict
+from launch.starts import Start, starts, verdicts
+from launch.verdict import Verdict
 
-SETTINGS = "launch.json"  # in the run directory: what the agents of its jobs need
-VERDICTS = "verdicts.jsonl"
 _MEET_S = 120.0  # for node 0 to say where to meet
 _REPORT_S = 120.0  # for all nodes to say how they ended, after the first did
 _BEAT_S = 5.0
-_POLL_S = 0.2
-_REQUEUE_S = 600.0
-_TAIL_BYTES = 16_384
-_ASKED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
-
-
-@dataclass(frozen=True)
-class NodeAgent:
-    """The picklable task: a run directory."""
-
-    run_dir: str
-
-    def __call__(self) -> None:
-        """Train on this node.
-
-        Raises:
-            AttemptError: on node 0, when the attempt failed; so Slurm knows it too.
-        """
-        verdict = run_node(Path(self.run_dir), os.environ)
-        if verdict is not None and verdict.exit_code not in (EXIT_DONE, EXIT_STOPPED):
-            raise AttemptError(f"{verdict.kind}: {verdict.message}")
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class AttemptError(WavefleetError):
     """An attempt failed; the text is the verdict's."""
 
 
-class _Asked:
-    """Which signal asked this node to stop, if any; submitit's own handlers are replaced."""
+def run_task(run_dir: Path) -> None:
+    """Train on this node.
 
-    def __init__(self) -> None:
-        self.by: str | None = None
-        self.time: float | None = None
+    Raises:
+        AttemptError: on node 0, when the attempt failed; so Slurm knows it too.
+    """
+    verdict = run_node(run_dir, os.environ)
+    if verdict is not None and verdict.exit_code not in (EXIT_DONE, EXIT_STOPPED):
+        raise AttemptError(f"{verdict.kind}: {verdict.message}")
 
-    def install(self) -> None:
-        for number in _ASKED:
-            signal.signal(number, self._take)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGCONT and self.by is None:  # Slurm sends it before SIGTERM, to wake what is stopped
-            self.by, self.time = signal.Signals(number).name, time.time()
+def main(argv: Sequence[str]) -> int:
+    """Train on this node; the verdict's exit code on node 0, 0 elsewhere."""
+    verdict = run_node(Path(argv[0]), os.environ)
+    return EXIT_DONE if verdict is None else verdict.exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,218 +64,170 @@ class _Node:
     """This node's part of one start of a job."""
 
     run: RunDir
-    settings: AgentSettings
-    code: Path
+    start: Start
+    settings: JobSettings
+    number: int
+    meeting: Meeting
+    signals: Signals
     job_id: str
     restarts: int
-    hosts: tuple[str, ...]
-    meeting: Meeting
-    asked: _Asked
-    attempt_before: int
-
-    @property
-    def launch(self) -> str:
-        """Names this start of the job."""
-        return f"{self.job_id}.{self.restarts}"
-
-    @property
-    def is_first(self) -> bool:
-        """Node 0 decides."""
-        return self.meeting.node == 0
-
-    def logs(self, node: int) -> Path:
-        """Folder of a node's per-rank logs."""
-        return self.run.path / "logs" / self.launch / f"node-{node}"
 
 
 def run_node(run_dir: Path, environ: Mapping[str, str]) -> Verdict | None:
     """One node's part of one start of a job; the verdict on node 0, None elsewhere."""
-    asked = _Asked()
-    asked.install()
-    content = read_json(run_dir / SETTINGS)
-    code = Path(content.pop("code"))
-    check_running(code)
-    run = RunDir(run_dir)
-    job_id, restarts = environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT", "0"))
-    hosts = tuple(slurm.hostnames(environ["SLURM_JOB_NODELIST"]))
-    node = _Node(
+    signals = Signals()
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler has nothing to do here
+    with signals.installed():
+        node = _node(RunDir(run_dir), environ, signals)
+        if node.number == 0:
+            _judge_before(node)
+            node.start.write(node.run)
+        node.meeting.beat()
+        try:
+            exit_code = _train(node)
+        except WavefleetError as error:
+            say(str(error))
+            exit_code = EXIT_FAILED
+        node.meeting.report({"exit_code": exit_code, "stopped_by": _stop_reason(node), "stop_time": signals.time})
+        if node.number == 0:
+            return _end(node)
+        node.meeting.wait_for_end(_REPORT_S)
+        return None
+
+
+def _node(run: RunDir, environ: Mapping[str, str], signals: Signals) -> _Node:
+    """Who and where this is, from Slurm's variables."""
+    settings = JobSettings.read(run)
+    check_running(settings.code)
+    job_id, number = environ["SLURM_JOB_ID"], int(environ["SLURM_NODEID"])
+    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+    parts = [job_id, str(restarts)]
+    if (step := environ.get("SLURM_STEP_ID", "0")) != "0":  # in one allocation there may be several starts
+        parts.append(step)
+    start = Start(
+        name=".".join(parts),
+        hosts=tuple(slurm.hostnames(environ["SLURM_JOB_NODELIST"])),
+        processes_per_node=settings.cluster.num_processes,
+        time=time.time(),
+        job_id=job_id,
+        code=str(settings.code),
+    )
+    return _Node(
         run=run,
-        settings=AgentSettings(**content),
-        code=code,
+        start=start,
+        settings=settings,
+        number=number,
+        meeting=start.meeting(run, number),
+        signals=signals,
         job_id=job_id,
         restarts=restarts,
-        hosts=hosts,
-        meeting=Meeting(run_dir / "agents" / f"{job_id}.{restarts}", int(environ["SLURM_NODEID"]), len(hosts)),
-        asked=asked,
-        attempt_before=run.newest_attempt(),
     )
-    node.meeting.beat()
-    exit_code = _train(node)
-    node.meeting.report({"exit_code": exit_code, "stopped_by": asked.by, "stop_time": asked.time})
-    if node.is_first:
-        return _end(node)
-    node.meeting.wait_for_end(_REPORT_S)
-    return None
+
+
+def _judge_before(node: _Node) -> None:
+    """Say how the start before this one ended, where its agents did not live to say it."""
+    before = next((start for start in reversed(starts(node.run)) if start.name != node.start.name), None)
+    if before is None or before.name in {line["start"] for line in verdicts(node.run)}:
+        return
+    if before.job_id == node.job_id:  # Slurm itself put the job back into the queue
+        state = "NODE_FAIL" if slurm.unusable(before.hosts) else "PREEMPTED"
+    else:
+        state = _slurm_state(before.job_id).state if before.job_id else ""
+    verdict = conclude(node.run, before, slurm_state=state or None)
+    say(f"the start before ended so: {verdict.kind}: {verdict.message}")
 
 
 def _train(node: _Node) -> int:
-    """Run `accelerate launch` to its end, passing a wish to stop on by file; its exit code, negative for a signal."""
-    num_nodes, number = len(node.hosts), node.meeting.node
-    if node.is_first:
-        address, port = node.meeting.publish("127.0.0.1" if num_nodes == 1 else slurm.node_address(node.hosts[0]))
+    """Run `accelerate launch` to its end, passing a wish to stop on by file; its exit code."""
+    start, cluster = node.start, node.settings.cluster
+    num_nodes = len(start.hosts)
+    if node.number == 0:
+        address, port = node.meeting.publish("127.0.0.1" if num_nodes == 1 else slurm.node_address(start.hosts[0]))
     else:
         address, port = node.meeting.find(_MEET_S)
-    settings = node.settings
     placement = place(
-        node.run.recipe(), accelerate=settings.accelerate, processes=settings.processes_per_node, num_nodes=num_nodes
+        node.run.recipe(),
+        accelerate=accelerate_config(cluster),
+        processes=cluster.num_processes,
+        num_nodes=num_nodes,
     )
-    logs = node.logs(number)
+    logs = start.logs(node.run, node.number)
     logs.mkdir(parents=True, exist_ok=True)
-    meet = Rendezvous(num_nodes, number, address, port, f"{node.run.path.name}.{node.launch}")
+    meet = Rendezvous(num_nodes, node.number, address, port, f"{node.run.path.name}.{start.name}")
     arguments = [str(node.run.path / "recipe.yaml"), f"run_dir={node.run.path}"]
     command = placement.command(arguments, rendezvous=meet, log_dir=logs)
-    say(f"{node.hosts[number]}, node {number} of {num_nodes}: {shlex.join(command)}")
-    environ = placement.environ({**os.environ, **_environment(settings)})
-    process = subprocess.Popen(
-        command,
-        env=environ,
-        cwd=node.code,
-        start_new_session=True,
-        preexec_fn=_shield(),  # noqa: PLW1509 - this program has one thread
-    )
-    next_beat = 0.0
-    while True:
-        try:
-            return process.wait(timeout=_POLL_S)
-        except subprocess.TimeoutExpired:
-            now = time.monotonic()
-            if now >= next_beat:
-                next_beat = now + _BEAT_S
-                node.meeting.beat()
-            if node.asked.by is not None:
-                _ask(node.run, node.asked.by)
+    say(f"{start.hosts[node.number]}, node {node.number} of {num_nodes}: {shlex.join(command)}")
+    environ = placement.environ({**os.environ, **_environment(node)})
+    watch = _Watch(node)
+    return run_child(
+        command, env=environ, cwd=node.settings.code, receivers=nobody, signals=node.signals, is_over=watch
+    ).exit_code
 
 
-def _environment(settings: AgentSettings) -> dict[str, str]:
+class _Watch:
+    """What this agent does while its ranks train: shows that it lives, and passes the wish to stop on."""
+
+    def __init__(self, node: _Node) -> None:
+        self._node = node
+        self._next_beat_s = 0.0
+
+    def __call__(self, child: psutil.Process) -> bool:
+        node, now_s = self._node, time.monotonic()
+        if now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + _BEAT_S
+            node.meeting.beat()
+        if node.signals.first is not None:
+            ask(node.run, "stop")  # again and again, for an attempt that is just starting forgets old requests
+        return False
+
+
+def _environment(node: _Node) -> dict[str, str]:
     """Variables by which the profile reaches torch and the training program."""
+    cluster = node.settings.cluster
     found = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(settings.signal_lead_s),
-        "WAVEFLEET_COLLECTIVE_TIMEOUT_S": str(settings.process_group_timeout_s),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_lead_s),
+        "WAVEFLEET_COLLECTIVE_TIMEOUT_S": str(cluster.process_group_timeout_s),
+        START: node.start.name,
     }
-    if settings.rendezvous_interface is not None:
-        found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), settings.rendezvous_interface)
+    if cluster.rendezvous_interface is not None:
+        found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), cluster.rendezvous_interface)
     return found
 
 
-def _shield() -> Callable[[], None]:
-    """What the child runs before its program: torchrun dies of Slurm's warning signals; its workers take them up."""
-    ask_for_signal = die_with_parent()
+def _stop_reason(node: _Node) -> str | None:
+    """What the signal that this agent got meant; Slurm knows."""
+    number = node.signals.first
+    if number is None:
+        return None
+    job = _slurm_state(node.job_id)
+    if job.is_preempted or job.restarts > node.restarts:  # it is in the queue again, and nobody here put it there
+        return "preempted"
+    if number in _WARNINGS:
+        return "time limit"
+    return "cancelled" if job.state in ("CANCELLED", "COMPLETING") else signal.Signals(number).name
 
-    def shield() -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if ask_for_signal is not None:
-            ask_for_signal()
 
-    return shield
-
-
-def _ask(run: RunDir, why: str) -> None:
-    """Have the ranks save and stop; again and again, for an attempt that is just starting forgets old requests."""
-    path = run.control / "stop"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(why, encoding="utf-8")
+def _slurm_state(job_id: str) -> JobState:
+    try:
+        return slurm.job_state(job_id)
+    except SlurmError:
+        return JobState("")
 
 
 def _end(node: _Node) -> Verdict:
     """Node 0: wait for the other nodes, decide what comes next, and do it."""
     run = node.run
-    reports = node.meeting.reports(_REPORT_S)
-    if node.asked.by is not None:
+    state = _slurm_state(node.job_id).state
+    verdict = conclude(run, node.start, slurm_state=state or None, wait_s=_REPORT_S)
+    if node.signals.first is not None:
         (run.control / "stop").unlink(missing_ok=True)
-    verdict = judge(_evidence(node, reports), _history(run), Policy())
-    append_jsonl(run.path / VERDICTS, {"job": node.launch, "time": time.time(), **verdict.to_json()})
     say(f"{verdict.kind}: {verdict.message}")
     node.meeting.decide()
-    if verdict.action in ("continue", "retry"):
-        time.sleep(verdict.wait_s)
-        slurm.requeue(node.job_id)
-        time.sleep(_REQUEUE_S)  # until Slurm ends this process
+    wanted = verdict.goes_on and node.settings.continuation != "none"
+    if not (wanted and continuation.go_on(run, node.settings, node.job_id, verdict, node.signals)):
+        notify(run, verdict)
     return verdict
 
 
-def _history(run: RunDir) -> list[Verdict]:
-    """Verdicts since a person last said `--retry`."""
-    history: list[Verdict] = []
-    for line in read_jsonl(run.path / VERDICTS):
-        history = [*history, Verdict.from_json(line)] if "kind" in line else []
-    return history
-
-
-def _evidence(node: _Node, reports: Mapping[int, Mapping[str, Any]]) -> Evidence:
-    """What is known of the attempt that just ended."""
-    run, per_node = node.run, node.settings.processes_per_node
-    attempt = run.newest_attempt()
-    has_begun = attempt > node.attempt_before
-    record = run.attempt_record(attempt) if has_begun else {}
-    ranks = run.outcomes(attempt) if has_begun else {}
-    nodes = {}
-    for number, host in enumerate(node.hosts):
-        report = reports.get(number)
-        nodes[host] = NodeReport(
-            reported=report is not None,
-            exit_code=None if report is None else report["exit_code"],
-            ranks=tuple(range(number * per_node, (number + 1) * per_node)),
-            tail=_agent_output(node, number),
-        )
-    asked = [report for report in reports.values() if report.get("stopped_by")]
-    first = min(asked, key=lambda report: report["stop_time"], default={})
-    steps = [line["step"] for line in read_jsonl(run.metrics) if line.get("attempt") == attempt and "step" in line]
-    skipped = [line for line in read_jsonl(run.metrics) if line.get("event") == "skipped"]
-    try:
-        state = slurm.job_state(node.job_id).state
-    except SlurmError:
-        state = None
-    return Evidence(
-        num_ranks=len(node.hosts) * per_node,
-        time=time.time(),
-        ranks=ranks,
-        nodes=nodes,
-        slurm_state=state,
-        stop_reason=first.get("stopped_by"),
-        stop_time=first.get("stop_time"),
-        resumed_step=_step(record.get("resumed_from")),
-        committed_step=_step(record.get("committed")),
-        last_step=max(steps, default=None) if has_begun else None,
-        is_done=run.done.exists(),
-        tails={rank: tail for rank in range(len(node.hosts) * per_node) if (tail := _tail(node, rank))},
-        utterances=tuple(skipped[-1]["ids"]) if skipped and skipped[-1].get("attempt") == attempt else (),
-    )
-
-
-def _step(name: str | None) -> int | None:
-    return None if name is None else checkpoints.order(name)[0]
-
-
-def _tail(node: _Node, rank: int) -> str:
-    """Last lines that a rank wrote to stderr, from torchrun's per-rank logs."""
-    number, local_rank = divmod(rank, node.settings.processes_per_node)
-    found = sorted(node.logs(number).glob(f"*/attempt_*/{local_rank}/stderr.log"))
-    return _last(found[-1]) if found else ""
-
-
-def _agent_output(node: _Node, number: int) -> str:
-    """Last lines of a node agent's stderr in this start of the job, the launcher's own among them."""
-    text = _last(node.run.path / "slurm" / f"{node.job_id}_{number}_log.err")
-    return text.rpartition(f"node {number} of {len(node.hosts)}: ")[2]  # a requeued job appends to its file
-
-
-def _last(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, stream.tell() - _TAIL_BYTES))
-            return stream.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -21,7 +21,7 @@ from asr_train.recipe import dump_recipe, load_recipe
 from launch import job, snapshot
 from launch.cluster import load_cluster
 from launch.cluster_config import Cluster
-from launch.job import Command, CommandTask
+from launch.job import Command
 
 _MERGE = "merge"
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[int], num_tasks: int) -> None:
     """Submit the shares that are pending, and what makes a corpus of them."""
     folder = _folder(corpus)
-    job.make_folder(folder)
+    job.make_folder(folder, cluster)
     for number in pending:
         if job.ended(folder, name := _share_name(number, num_tasks)):
             say(f"task {number} of {num_tasks} failed: {job.last_words(folder, name)}")
@@ -74,10 +74,10 @@ def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[in
     merge = Command(_MERGE, "asr_train.prepare", (str(recipe_file),))
     code = snapshot.take(folder / "code")
     job.write_job(folder, cluster, code, f"prepare {recipe.name}", [*shares, merge])
-    arrays = job.hold(folder, [CommandTask(str(folder), number) for number in range(len(shares))]) if shares else []
+    arrays = job.hold(folder, [job.task(folder, share.name) for share in shares]) if shares else []
     try:
         after = f"afterok:{':'.join(arrays)}" if arrays else None
-        last = job.hold(folder, [CommandTask(str(folder), len(shares))], after=after)
+        last = job.hold(folder, [job.task(folder, _MERGE)], after=after)
     except BaseException:
         job.drop(arrays)
         raise

@@ -14,7 +14,7 @@ from asr_train.errors import EXIT_DONE, EXIT_FAILED, RunError, say
 from asr_train.files import hash_json
 from launch import job, slurm, snapshot
 from launch.cluster import load_cluster
-from launch.job import Command, CommandTask
+from launch.job import Command
 from launch.slurm import JobState, SlurmError
 
 _POLL_S = 2.0
@@ -49,10 +49,10 @@ def _run(verb: str, argv: Sequence[str]) -> int:
         job_id = next(iter(states))
         say(f"{job.shown(states)} already; {_where(folder, verb)}")
     else:
-        job.make_folder(folder)
+        job.make_folder(folder, cluster)
         code = snapshot.take(folder / "code")
         job.write_job(folder, cluster, code, name, [Command(verb, f"asr_train.{verb}", arguments)])
-        (job_id,) = job.hold(folder, [CommandTask(str(folder), 0)])
+        (job_id,) = job.hold(folder, [job.task(folder, verb)])
         job.release(folder, [job_id])
         say(f"submitted as job {job_id}; {_where(folder, verb)}")
     if not options.wait:

@@ -12,7 +12,7 @@ from launch.runs import open_run
 def stop(argv: Sequence[str]) -> int:
     """Have a training save and stop after its current step."""
     run = _live(argv, "stop", "save and stop after the current step")
-    _ask(run, "stop")
+    ask(run, "stop")
     print(f"{run.path}: asked to save and stop; `wavefleet checkpoints {run.path}` shows when it has")
     return EXIT_DONE
 
@@ -20,7 +20,7 @@ def stop(argv: Sequence[str]) -> int:
 def save(argv: Sequence[str]) -> int:
     """Have a training save and go on."""
     run = _live(argv, "save", "save after the current step, and go on")
-    _ask(run, "save")
+    ask(run, "save")
     print(f"{run.path}: asked to save")
     return EXIT_DONE
 
@@ -40,6 +40,9 @@ def _live(argv: Sequence[str], verb: str, meaning: str) -> RunDir:
     return run
 
 
-def _ask(run: RunDir, kind: str) -> None:
-    run.control.mkdir(exist_ok=True)
-    (run.control / kind).touch()
+def ask(run: RunDir, kind: str) -> None:
+    """Make a request, unless it is there: an attempt that is just starting forgets what was asked before it."""
+    path = run.control / kind
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.touch()

@@ -9,11 +9,15 @@ import socket
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from asr_train.errors import WavefleetError
 
 _TIMEOUT_S = 30
+_SILENCE = re.compile(
+    r"unable to contact slurm controller|connection refused|did not answer|socket timed out|connect failure", re.I
+)
 _LIVE = (
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT",
     "SIGNALING",
@@ -22,6 +26,11 @@ _LIVE = (
 
 class SlurmError(WavefleetError):
     """A Slurm command failed; the text is its own message."""
+
+    @property
+    def is_silence(self) -> bool:
+        """Whether Slurm did not answer, rather than refuse."""
+        return _SILENCE.search(str(self)) is not None
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class JobState:
         start: when it is expected to start, or started; None when that is not known.
         nodes: hosts, in Slurm's short form.
         restarts: how often it was requeued.
+        is_preempted: it is being ended for a more urgent one.
     """
 
     state: str
@@ -41,6 +51,7 @@ class JobState:
     start: str | None = None
     nodes: str = ""
     restarts: int = 0
+    is_preempted: bool = False
 
     @property
     def is_live(self) -> bool:
@@ -80,7 +91,26 @@ def job_state(job_id: str) -> JobState:
     if not lines:
         return _from_accounting(job_id, None)
     state, reason, start, nodes = lines[0].strip().split("|")
-    return JobState(state, reason, None if start == "N/A" else start, nodes, _restarts(job_id))
+    more: dict[str, str] = {}
+    with suppress(SlurmError):  # squeue remembers longer
+        more = details(job_id)
+    return JobState(
+        state,
+        reason,
+        None if start == "N/A" else start,
+        nodes,
+        restarts=int(more.get("Restarts", 0)),
+        is_preempted=more.get("PreemptTime", "None") != "None",
+    )
+
+
+def details(job_id: str) -> dict[str, str]:
+    """What squeue does not say, by scontrol's names: Restarts, PreemptTime, BatchFlag, ...
+
+    Raises:
+        SlurmError: it does not know the job any more.
+    """
+    return dict(re.findall(r"(\w+)=(\S+)", run("scontrol", "--oneliner", "show", "job", job_id)))
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -105,9 +135,37 @@ def release(job_id: str) -> None:
     run("scontrol", "release", job_id)
 
 
-def requeue(job_id: str) -> None:
-    """Put a running job back into the queue under its own id; ends it here."""
-    run("scontrol", "requeue", job_id)
+def requeue(job_id: str, *, exclude: Sequence[str] = (), begin_in_s: float = 0.0) -> None:
+    """Put a running job back into the queue under its own id; ends it here, with SIGTERM first.
+
+    Only a job in the queue may be given other nodes or another time, so it is held for an instant. Called from the job
+    itself, this must survive SIGTERM; whoever ends within that instant leaves a held job.
+
+    Args:
+        job_id: the job.
+        exclude: nodes that it shall not come back on; replaces those that it was kept off before.
+        begin_in_s: not before so many seconds.
+    """
+    changes = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
+    changes += [f"StartTime=now+{begin_in_s:.0f}"] if begin_in_s else []
+    if not changes:
+        run("scontrol", "requeue", job_id)
+        return
+    run("scontrol", "requeuehold", job_id)
+    try:
+        run("scontrol", "update", f"JobId={job_id}", *changes)
+    finally:
+        run("scontrol", "release", job_id)
+
+
+def unusable(hosts: Sequence[str]) -> list[str]:
+    """Those of the nodes that Slurm calls down, drained or failed; none where it does not say."""
+    try:
+        lines = run("sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T").splitlines()
+    except SlurmError:
+        return []
+    states = dict(line.split() for line in lines)
+    return [host for host, state in states.items() if re.match("down|drain|fail|boot", state, re.IGNORECASE)]
 
 
 def cancel(job_id: str) -> None:
@@ -142,14 +200,6 @@ def max_array_size() -> int:
     """How many tasks an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
     return int(found[1]) if found else 1
-
-
-def _restarts(job_id: str) -> int:
-    try:
-        found = re.search(r"Restarts=(\d+)", run("scontrol", "show", "job", job_id))
-    except SlurmError:
-        return 0
-    return int(found[1]) if found else 0
 
 
 def _from_accounting(job_id: str, why: SlurmError | None) -> JobState:

@@ -5,6 +5,7 @@ Slurm may not answer; then what the run's files say is shown, and that Slurm did
 
 import argparse
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
 from launch import slurm, then
-from launch.node_agent import VERDICTS
+from launch.collect import evidence
+from launch.evidence import where
+from launch.outcome import judge
 from launch.runs import open_run
 from launch.slurm import SlurmError
+from launch.starts import Start, history, starts, verdicts
 from launch.submit import submissions
 
 
@@ -61,17 +65,38 @@ def why(argv: Sequence[str]) -> int:
     """Print the verdict on the last attempt, with its evidence."""
     options = _parser("why", "Why the last attempt of a run ended.", run=True).parse_args(argv)
     run = open_run(options.run)
-    verdicts = [line for line in read_jsonl(run.path / VERDICTS) if "kind" in line]
-    if not verdicts:
-        raise RunError(f"{run.path} has no verdict: no job of it has ended yet")
-    last = verdicts[-1]
+    known = starts(run)
+    if not known:
+        raise RunError(f"{run.path} has not been started yet")
+    written = [line for line in verdicts(run) if line["start"] == known[-1].name]
+    last = written[-1] if written else _worked_out(run, known[-1])
     if options.json:
         print(json.dumps(last, indent=2, ensure_ascii=False))
         return EXIT_DONE
     print(f"{last['kind']}: {last['message']}")
-    for line in last.get("evidence", []):
-        print(f"  {line if isinstance(line, str) else _shown(line)}")
+    for line in last["evidence"]:
+        print(f"  {_piece(line)}")
     return EXIT_DONE
+
+
+def _worked_out(run: RunDir, start: Start) -> dict[str, Any]:
+    """The verdict on a start that nobody lived to judge.
+
+    Raises:
+        RunError: it has not ended.
+    """
+    job = None if start.job_id is None else slurm.job_state(start.job_id)
+    if (job is not None and job.is_live) or lock.holder(run.path / "lock.json") is not None:
+        raise RunError(f"{run.path} is being trained, or will be, by {start.name}; `wavefleet status` says how it is")
+    verdict = judge(evidence(run, start, slurm_state=None if job is None else job.state), history(run))
+    return {"start": start.name, **verdict.to_json()}
+
+
+def _piece(line: Mapping[str, Any]) -> str:
+    """One piece of evidence: when, rank and host, text."""
+    when = time.strftime("%H:%M:%S", time.localtime(line["time"])) if line["time"] else ""
+    who = where(line["rank"], line["host"]) if line["rank"] is not None else line["host"] or ""
+    return " ".join(part for part in (when, who and f"{who}:", line["text"]) if part)
 
 
 def cancel(argv: Sequence[str]) -> int:

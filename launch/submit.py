@@ -5,11 +5,10 @@ comment names the run, and the next call adopts it.
 """
 
 import argparse
-import os
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,21 @@ from asr_train import lock
 from asr_train.config import Recipe
 from asr_train.data.plan import check_world_size
 from asr_train.errors import EXIT_DONE, RunError, say
-from asr_train.files import append_jsonl, read_json, write_json
+from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from launch import slurm, snapshot, then
-from launch.cluster import agent_settings, load_cluster
+from launch.cluster import load_cluster
 from launch.cluster_config import Cluster
-from launch.node_agent import SETTINGS, VERDICTS, NodeAgent
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.runs import open_run
+from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
+from launch.settings import JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
+from launch.starts import retried
+from launch.task import Task
+
+_MAIL = "END,FAIL,INVALID_DEPEND"  # not REQUEUE: a run that goes on needs nobody
+_PRIVATE, _READABLE = 0o700, 0o755
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ def main(argv: Sequence[str]) -> int:
     """Submit a training, or say which job does it already."""
     options = _parser().parse_intermixed_args(argv)
     overrides, changes = split_overrides(options)
+    if options.mail:
+        changes += [f"sbatch.mail-user={options.mail}", f"sbatch.mail-type={_MAIL}"]
     recipe = load_recipe(options.recipe, overrides)
     cluster = load_cluster(options.cluster, changes)
     run = RunDir(run_directory(recipe))
     check_size(recipe, cluster)
     if options.dry_run:
-        print(batch_text(run, recipe, cluster), end="")
+        print(text(run, recipe, cluster), end="")
         return EXIT_DONE
     wishes = Wishes(
         retry=options.retry,
@@ -80,23 +87,43 @@ def start(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, wish
         SlurmError: Slurm does not answer, or refused.
     """
     run.make()
-    run.path.chmod(0o700)  # its owner's alone: it holds what jobs run
-    if live := _live(run):
+    if live := live_job(run):
         if wishes.followers:
             then.ask(run, wishes.followers)
-            then.chain(run, cluster, Path(live[0].code), live[0].job_id)
+        then.chain(run, JobSettings.read(run), live[0].job_id)
         return f"{run.path}: job {live[0].job_id} is {live[1].state} already"
-    _check_may_start(run, retry=wishes.retry, force=wishes.force)
+    check_may_start(run, retry=wishes.retry, force=wishes.force)
     run.claim(recipe, allow_change=wishes.allow_change)
     if wishes.force:
         run.done.unlink(missing_ok=True)
-    if wishes.retry:  # what failed before is not held against what comes now
-        append_jsonl(run.path / VERDICTS, {"event": "retried", "time": time.time()})
+    if wishes.retry:
+        retried(run)
     if wishes.followers:
         then.ask(run, wishes.followers)
-    code = _code(run, renew=wishes.update_code)
-    submission = submit(run, recipe, cluster, cluster_name, code)
-    return f"{run.path}: submitted as job {submission.job_id}"
+    settings = JobSettings(
+        code=_code(run, renew=wishes.update_code),
+        cluster_name=cluster_name,
+        cluster=cluster,
+        continuation="requeue" if cluster.continuation == "auto" else cluster.continuation,
+    )
+    return f"{run.path}: submitted as job {submit(run, settings).job_id}"
+
+
+def retry(argv: Sequence[str]) -> int:
+    """`wavefleet retry RUN`: another job for a run that ended, with its own recipe, profile and code."""
+    options = _retry_parser().parse_args(argv)
+    run = open_run(options.run)
+    if live := live_job(run):
+        print(f"{run.path}: job {live[0].job_id} is {live[1].state} already")
+        return EXIT_DONE
+    check_may_start(run, retry=True, force=False)
+    settings = JobSettings.read(run)
+    cluster = settings.cluster if options.nodes is None else replace(settings.cluster, nodes=options.nodes)
+    check_size(run.recipe(), cluster)
+    retried(run)
+    submission = submit(run, replace(settings, cluster=cluster, code=_code(run, renew=options.update_code)))
+    print(f"{run.path}: submitted as job {submission.job_id}")
+    return EXIT_DONE
 
 
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -106,31 +133,44 @@ def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     return recipe, cluster + ([] if options.nodes is None else [f"nodes={options.nodes}"])
 
 
-def submit(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, code: Path) -> Submission:
+def submit(
+    run: RunDir, settings: JobSettings, *, exclude: Sequence[str] = (), after: str | None = None, begin_in_s: float = 0
+) -> Submission:
     """Submit held, write down, release.
+
+    Args:
+        run: the run, its recipe written.
+        settings: what its jobs are like.
+        exclude: nodes that the job shall not get.
+        after: a job that ends first.
+        begin_in_s: not before so many seconds.
 
     Raises:
         SlurmError: Slurm refused; nothing is left behind.
     """
     import submitit  # noqa: PLC0415  slow, and not needed by a dry run
 
-    write_json(run.path / SETTINGS, {"code": str(code), **asdict(agent_settings(cluster))})
+    cluster = settings.cluster
+    run.path.chmod(_PRIVATE if cluster.private else _READABLE)
+    settings.write(run)
     folder = run.path / "slurm"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    parameters = _parameters(run, recipe, cluster, code)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(_PRIVATE if cluster.private else _READABLE)  # what is pickled there is run: nobody else may write
+    parameters = _parameters(run, settings, exclude, after)
+    if begin_in_s:
+        parameters["additional_parameters"]["begin"] = f"now+{begin_in_s:.0f}"
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
-    for name in [name for name in os.environ if name.startswith("SBATCH_")]:  # would win over the profile, silently
-        say(f"{name}={os.environ.pop(name)} of your shell is left out; set it in the profile")
     executor = submitit.SlurmExecutor(folder, python=python_command(cluster))
     executor.update_parameters(**parameters)
+    with without_slurm_variables():
+        try:
+            job = executor.submit(Task("launch.node_agent", str(run.path)))
+        except submitit.core.utils.FailedJobError as error:
+            raise SlurmError(f"Slurm refused the job: {error}") from None
+    submission = _note(run, str(job.job_id), settings)
     try:
-        job = executor.submit(NodeAgent(str(run.path)))
-    except submitit.core.utils.FailedJobError as error:
-        raise SlurmError(f"Slurm refused the job: {error}") from None
-    submission = _note(run, str(job.job_id), cluster_name, cluster.nodes, code)
-    try:
-        then.chain(run, cluster, code, submission.job_id)
-    except SlurmError as error:
+        then.chain(run, settings, submission.job_id)
+    except SlurmError as error:  # the run's own job is there
         say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
     return submission
 
@@ -141,33 +181,40 @@ def submissions(run: RunDir) -> list[Submission]:
     return sorted((Submission(**content) for content in found), key=lambda entry: entry.submitted)
 
 
-def _note(run: RunDir, job_id: str, cluster: str, num_nodes: int, code: Path) -> Submission:
+def _note(run: RunDir, job_id: str, settings: JobSettings) -> Submission:
     """Write a held job down, then let it go."""
-    submission = Submission(job_id, cluster, num_nodes, time.time(), str(code))
+    submission = Submission(job_id, settings.cluster_name, settings.cluster.nodes, time.time(), str(settings.code))
     write_json(run.path / "jobs" / f"{job_id}.json", asdict(submission))
     slurm.release(job_id)
     return submission
 
 
-def _live(run: RunDir) -> tuple[Submission, JobState] | None:
+def live_job(run: RunDir) -> tuple[Submission, JobState] | None:
     """The job that trains this run or will; adopts one that its submitter did not live to write down."""
-    known = submissions(run)
-    for submission in reversed(known):
+    for submission in reversed(submissions(run)):
         state = slurm.job_state(submission.job_id)
         if state.is_live:
             return submission, state
-    if not (run.path / "run.json").exists():
-        return None
-    for job_id in slurm.jobs_with_comment(_comment(run)):
-        if job_id not in {submission.job_id for submission in known}:
-            say(f"job {job_id} was submitted for this run and never written down; it is now")
-            settings = read_json(run.path / SETTINGS)
-            state = slurm.job_state(job_id)
-            return _note(run, job_id, "adopted", 0, Path(settings["code"])), state
+    for job_id in orphans(run):
+        say(f"job {job_id} was submitted for this run and never written down; it is now")
+        return adopt(run, job_id), slurm.job_state(job_id)
     return None
 
 
-def _check_may_start(run: RunDir, *, retry: bool, force: bool) -> None:
+def orphans(run: RunDir) -> list[str]:
+    """Live jobs of this run that nobody lived to write down."""
+    if not settings_file(run).exists():
+        return []
+    known = {submission.job_id for submission in submissions(run)}
+    return [job_id for job_id in slurm.jobs_with_comment(_comment(run)) if job_id not in known]
+
+
+def adopt(run: RunDir, job_id: str) -> Submission:
+    """Write an orphan down, and let it go."""
+    return _note(run, job_id, JobSettings.read(run))
+
+
+def check_may_start(run: RunDir, *, retry: bool, force: bool) -> None:
     """Refuse what a user should ask for by name.
 
     Raises:
@@ -188,7 +235,7 @@ def _check_may_start(run: RunDir, *, retry: bool, force: bool) -> None:
 
 
 def check_size(recipe: Recipe, cluster: Cluster) -> None:
-    """Refuse more processes than a step has units, unless the recipe allows it."""
+    """Refuse more processes than a step has units."""
     check_world_size(recipe.units_per_step, cluster.num_processes * cluster.nodes, recipe.allow_idle_ranks)
 
 
@@ -204,24 +251,40 @@ def _comment(run: RunDir) -> str:
     return f"wavefleet:{run.run_id}"
 
 
-def _parameters(run: RunDir, recipe: Recipe, cluster: Cluster, code: Path) -> dict[str, Any]:
+def _parameters(run: RunDir, settings: JobSettings, exclude: Sequence[str], after: str | None) -> dict[str, Any]:
+    cluster, code = settings.cluster, str(settings.code)
     parameters = submitit_parameters(
-        cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, comment=_comment(run)
+        cluster,
+        job_name=run.recipe().name,
+        nodes=cluster.nodes,
+        hold=True,
+        comment=_comment(run),
+        exclude=exclude,
+        dependency=None if after is None else f"afterany:{after}",
     )
     # the working directory comes first among Python's paths: it must be the run's own code too
-    parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": str(code)}
-    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(str(code))}"]
+    parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": code}
+    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(code)}"]
     return parameters
 
 
-def batch_text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
-    """What would be submitted; nothing is touched."""
+def text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
+    """The batch script that would be submitted; nothing is touched."""
     parameters = submitit_parameters(
         cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, comment="wavefleet:<run id>"
     )
     folder = run.path / "slurm"
     command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return sbatch_text(parameters, folder, command)
+
+
+def _retry_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wavefleet retry", description=retry.__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="a run directory, or its name in runs/")
+    parser.add_argument("--nodes", type=int, metavar="N", help="another number of nodes")
+    parser.add_argument("--update-code", action="store_true", help="copy today's code, in place of the run's own")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cluster", required=True, metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--mail", metavar="ADDRESS", help="Slurm writes there when the job ends or fails for good")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")
     parser.add_argument("--force", action="store_true", help="go on with a run that is done")

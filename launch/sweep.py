@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         for member in members:
             print(f"# {member.path}")
-            print(submit.batch_text(RunDir(member.path), member.recipe, _needed(cluster)))
+            print(submit.text(RunDir(member.path), member.recipe, _needed(cluster)))
         return EXIT_DONE
     problems = {}
     if not options.list:
@@ -181,7 +181,7 @@ def _checked(
             break
         try:
             submit.check_size(member.recipe, cluster)
-            submit.batch_text(RunDir(member.path), member.recipe, cluster)
+            submit.text(RunDir(member.path), member.recipe, cluster)
         except RecipeError as error:
             problems.append(f"{member.path.name}: {error}")
     if problems:

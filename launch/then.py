@@ -5,10 +5,8 @@ another live job is waited for again; one that failed is left alone until a pers
 with the run, so that whatever submits it again has it followed again.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,14 @@ from asr_train.errors import RecipeError, say
 from asr_train.files import read_json, write_json
 from asr_train.run_dir import RunDir
 from launch import job, slurm
-from launch.cluster_config import Cluster
 from launch.job import Command
+from launch.settings import JobSettings
 from launch.slurm import SlurmError
 from launch.snapshot import check_running
+from launch.task import Task
 
 FOLLOWERS = ("evaluate", "export")
 _STATE = "then.json"  # in the folder: what was asked for, and how it went
-
-
-@dataclass(frozen=True)
-class Follow:
-    """What submitit stores: a run directory."""
-
-    run_dir: str
-
-    def __call__(self) -> None:
-        """Do what was asked for, if the run is done.
-
-        Raises:
-            CommandError: a command failed.
-        """
-        follow(RunDir(Path(self.run_dir)))
 
 
 def read_verbs(text: str) -> tuple[str, ...]:
@@ -54,18 +38,16 @@ def read_verbs(text: str) -> tuple[str, ...]:
 
 def ask(run: RunDir, verbs: Sequence[str]) -> None:
     """Note what should follow a run."""
-    job.make_folder(folder_of(run))
     _note(run, verbs=",".join(verbs), state="asked for", job_id=None, message="")
 
 
-def chain(run: RunDir, cluster: Cluster, code: Path, job_id: str) -> None:
+def chain(run: RunDir, settings: JobSettings, job_id: str) -> None:
     """Submit what was asked for, to start when a job of the run has ended; nothing where nothing was, or it waits.
 
     Args:
         run: the run.
-        cluster: its profile.
-        code: its copy of the program.
-        job_id: the run's newest job.
+        settings: of its jobs.
+        job_id: its newest job.
 
     Raises:
         SlurmError: Slurm refused; the run's own job is not touched.
@@ -74,9 +56,10 @@ def chain(run: RunDir, cluster: Cluster, code: Path, job_id: str) -> None:
     if wanted is None or job.live(folder_of(run)):
         return
     folder, run_dir = folder_of(run), str(run.path)
+    cluster = job.on_one_node(settings.cluster, (), num_gpus=1)
+    job.make_folder(folder, cluster)
     to_run = [Command(verb, f"asr_train.{verb}", (run_dir,)) for verb in wanted["verbs"].split(",")]
-    cluster = job.on_one_node(cluster, (), num_gpus=1)
-    job.write_job(folder, cluster, code, f"then {run.path.name}", to_run)
+    job.write_job(folder, cluster, settings.code, f"then {run.path.name}", to_run)
     _wait_for(run, job_id)
 
 
@@ -104,30 +87,30 @@ def folder_of(run: RunDir) -> Path:
     return run.path / "then"
 
 
-def follow(run: RunDir) -> None:
-    """The job: do it, wait again, or leave it.
+def run_task(path: Path) -> None:
+    """The job, called with the run's directory: do it, wait again, or leave it.
 
     Raises:
         CommandError: a command failed; the others were run all the same.
+        SlurmError: the run goes on, and its job could not be waited for.
     """
-    folder = folder_of(run)
+    run, folder = RunDir(path), folder_of(RunDir(path))
     check_running(Path(read_json(folder / job.JOB)["code"]))
     if run.done.exists():
         _do(run)
     elif (other := _living_job(run)) is not None:
-        _leave_slurm()
         try:
             _wait_for(run, other)
         except SlurmError as error:
-            message = f"job {other} goes on with the run, and could not be waited for: {error}"
+            message = f"the run goes on as job {other}, which could not be waited for: {error}"
             _note(run, state="lost", message=f"{message}\n`wavefleet submit` with --then waits for it again")
             raise
         say(f"the run goes on as job {other}, which is waited for")
     else:
         failed = [outcome["message"] for outcome in run.outcomes().values() if outcome.get("status") == "failed"]
-        why = f"its last attempt failed: {failed[0]}" if failed else "and no job of it is left"
-        _note(run, state="left", message=f"the run is not done, {why}")
-        say(f"the run is not done, {why}; nothing follows")
+        why = f"the run is not done: {failed[0] if failed else 'no job of it is left'}"
+        _note(run, state="left", message=f"{why}; nothing follows until a job of it ends well")
+        say(f"{why}; nothing follows")
 
 
 def _do(run: RunDir) -> None:
@@ -142,7 +125,7 @@ def _do(run: RunDir) -> None:
 
 def _wait_for(run: RunDir, job_id: str) -> None:
     """Submit the job so that it starts when another has ended: also badly, for that may not be the run's end."""
-    (own,) = job.hold(folder_of(run), [Follow(str(run.path))], after=f"afterany:{job_id}")
+    (own,) = job.hold(folder_of(run), [Task(__name__, str(run.path))], after=f"afterany:{job_id}")
     _note(run, state="waiting", job_id=own, message=f"for job {job_id}")
     job.release(folder_of(run), [own])
 
@@ -154,13 +137,6 @@ def _living_job(run: RunDir) -> str | None:
         if slurm.job_state(record["job_id"]).is_live:
             return str(record["job_id"])
     return None
-
-
-def _leave_slurm() -> None:
-    """Forget that we are in a job: sbatch would give the next one this one's shape."""
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and name != "SLURM_CONF":
-            del os.environ[name]
 
 
 def _note(run: RunDir, **facts: Any) -> None:

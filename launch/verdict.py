@@ -164,6 +164,11 @@ class Verdict:
     wait_s: float = 0.0
     exit_code: int = 4
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether another attempt follows by itself."""
+        return self.action in ("continue", "retry")
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)

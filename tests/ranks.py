@@ -5,6 +5,7 @@ function gives a group of `world_size`. The store is served by the test process,
 """
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -56,6 +57,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 def _be_rank(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
     """The life of a forked rank; never returns."""
     code = 1
+    gc.freeze()  # garbage of the parent may have threads to join, a store's say, that do not exist here
     try:
         stacks = (folder / f"stack-{rank}").open("w")
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)

@@ -7,7 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ import yaml
 from asr_train import resources
 from asr_train.errors import RecipeError
 from asr_train.recipe import walk
-from launch.cluster import AgentSettings, agent_settings, load_cluster
+from launch import cli
+from launch.cluster import accelerate_config, from_json, load_cluster, to_json
 from launch.sbatch import python_command, sbatch_text, submitit_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,6 @@ def test_shipped_profiles_load_and_make_a_job():
     for name in resources.shipped("slurm/clusters"):
         cluster = load_cluster(name)
         assert "#SBATCH --job-name=job\n" in text_of(cluster, nodes=cluster.nodes)
-        agent_settings(cluster)
 
 
 def test_the_page_describes_every_field_and_its_examples_load(tmp_path):
@@ -302,14 +302,13 @@ def test_relative_paths_become_absolute_and_names_stay(load, tmp_path, monkeypat
     ],
 )
 def test_processes_and_accelerate_config_follow_the_hardware(overrides, nodes, accelerate, processes, load):
-    settings = agent_settings(load(*overrides, *([] if nodes is None else [f"nodes={nodes}"])))
-    assert (settings.accelerate, settings.processes_per_node) == (accelerate, processes)
+    cluster = load(*overrides, *([] if nodes is None else [f"nodes={nodes}"]))
+    assert (accelerate_config(cluster), cluster.num_processes) == (accelerate, processes)
 
 
-def test_agent_settings_travel_as_json(load):
-    settings = agent_settings(load("rendezvous_interface=ib0", "process_group_timeout_s=60"))
-    assert AgentSettings(**json.loads(json.dumps(asdict(settings)))) == settings
-    assert (settings.rendezvous_interface, settings.process_group_timeout_s) == ("ib0", 60)
+def test_a_profile_travels_as_json(load):
+    cluster = load("rendezvous_interface=ib0", "environment.OMP_NUM_THREADS=4", "setup=['a', 'b']", "time=1-00:00:00")
+    assert from_json(json.loads(json.dumps(to_json(cluster)))) == cluster
 
 
 def test_more_nodes_than_the_accelerate_config_can_use_are_refused(load):
@@ -427,7 +426,7 @@ def test_a_token_travels_through_the_environment_and_stands_nowhere(load, fake_s
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     cluster = load("environment.A=b", "cache=/models")
     text = text_of(cluster, command=python_command(cluster))
-    assert "hf_planted" not in text + repr(agent_settings(cluster)) + repr(
+    assert "hf_planted" not in text + json.dumps(to_json(cluster)) + repr(
         submitit_parameters(cluster, job_name="a", nodes=1)
     )
     text = text_of(cluster)
@@ -461,8 +460,16 @@ def test_nothing_heavy_is_imported_before_a_text_is_made():
     heavy = ["submitit", "torch", "transformers", "datasets", "accelerate"]
     program = (
         "import sys, launch.cluster, launch.sbatch\n"
-        "launch.cluster.agent_settings(launch.cluster.load_cluster('test'))\n"
+        "launch.cluster.to_json(launch.cluster.load_cluster('test'))\n"
         f"print(sorted(set(sys.modules) & set({heavy})))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_mail_comes_at_the_end_and_not_when_a_run_goes_on(capsys):
+    asked = ["submit", "demo", "units_per_step=4", "--cluster", "test", "--mail", "me@site.org", "--dry-run"]
+    assert cli.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "#SBATCH --mail-user=me@site.org" in lines
+    assert "#SBATCH --mail-type=END,FAIL,INVALID_DEPEND" in lines

@@ -5,7 +5,9 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from asr_train.files import read_json, write_json
 from asr_train.recipe import dump_recipe
 from launch import cli, job, prepare_array, remote, slurm
 from launch.cluster import load_cluster
-from launch.job import Command, CommandTask
+from launch.job import Command
 from launch.slurm import SlurmError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +95,8 @@ def test_everything_in_the_folder_is_its_owners_and_pickles_hold_a_path_and_a_nu
         )
         done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
         named = set(json.loads(done.stdout))
-        assert {"launch.job", "CommandTask", "folder", str(folder), "number"} <= named
+        assert {"launch.task", "Task", "launch.job"} <= named
+        assert any(name.startswith(f"{folder}/") for name in named)
         assert not {"environ", "recipe"} & named
 
 
@@ -269,16 +272,16 @@ def job_folder(tmp_path, profile):
 
     def make(*arguments, module="json.tool"):
         folder = tmp_path / "jobs" / "it"
-        job.make_folder(folder)
+        job.make_folder(folder, load_cluster(profile))
         job.write_job(folder, load_cluster(profile), ROOT, "it", [Command("it", module, arguments)])
         return folder
 
     return make
 
 
-def run_task(folder, code=0, modules=""):
-    program = "import sys; from launch.job import CommandTask; CommandTask(sys.argv[1], 0)()"
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{modules}", "SLURM_JOB_ID": "7"}
+def run_task(folder, code=0, modules=()):
+    program = "import sys; from pathlib import Path; from launch import job; job.task(Path(sys.argv[1]), 'it')()"
+    environ = {**os.environ, "PYTHONPATH": ":".join(map(str, (ROOT, *modules))), "SLURM_JOB_ID": "7"}
     done = subprocess.run([sys.executable, "-c", program, folder], env=environ, cwd=ROOT, capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert (done.returncode != 0) == (code != 0), done.stderr
@@ -312,7 +315,7 @@ def test_a_command_outlives_the_warning_and_ends_without_a_word_when_it_is_stopp
     )
     (tmp_path / "slow.py").write_text(program)
     folder = job_folder(module="slow")
-    run_task(folder, code=1, modules=tmp_path)
+    run_task(folder, code=1, modules=[tmp_path])
     assert (folder / "it.out").read_text() == "alive\n"
     assert job.ended(folder, "it") is None  # Slurm may put the job back, which runs it again
 
@@ -326,7 +329,7 @@ def test_a_task_that_would_run_other_code_refuses(job_folder, fake, tmp_path):
 
 def test_waiting_shows_what_the_job_writes_and_ends_as_it_does(job_folder, fake, monkeypatch, capsys):
     folder = job_folder("x")
-    (job_id,) = job.hold(folder, [CommandTask(str(folder), 0)])
+    (job_id,) = job.hold(folder, [job.task(folder, "it")])
     job.release(folder, [job_id])
     turns = iter(range(10))
 
@@ -344,7 +347,7 @@ def test_waiting_shows_what_the_job_writes_and_ends_as_it_does(job_folder, fake,
                 fake.write(is_down=False)
                 write_json(folder / "it.json", {"exit_code": 3})
 
-    monkeypatch.setattr(remote.time, "sleep", time_passes)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=time_passes, monotonic=time.monotonic))
     assert remote.follow(folder, "it", job_id) == 3
     said = capsys.readouterr()
     assert said.out == "WER 5 %\nall\n"
@@ -355,7 +358,7 @@ def test_waiting_shows_what_the_job_writes_and_ends_as_it_does(job_folder, fake,
 
 def test_waiting_for_a_job_that_is_ended_from_outside_says_so(job_folder, fake, monkeypatch, capsys):
     folder = job_folder("x")
-    (job_id,) = job.hold(folder, [CommandTask(str(folder), 0)])
+    (job_id,) = job.hold(folder, [job.task(folder, "it")])
     fake.end(job_id, state="TIMEOUT")
     monkeypatch.setattr(remote, "_WORD_S", 0.0)
     monkeypatch.setattr(remote, "_POLL_S", 0.01)
@@ -366,7 +369,7 @@ def test_waiting_for_a_job_that_is_ended_from_outside_says_so(job_folder, fake, 
 def test_no_array_but_a_cluster_that_has_none(fake, job_folder):
     fake.write(max_array_size=0)
     folder = job_folder("x")
-    assert job.hold(folder, [CommandTask(str(folder), 0)] * 2) == ["100", "101"]
+    assert job.hold(folder, [job.task(folder, "it")] * 2) == ["100", "101"]
 
 
 def test_what_sbatch_would_misread_is_refused_before_it_is_asked(fake, profile, tmp_path):
@@ -381,7 +384,7 @@ def test_slurm_that_does_not_answer_is_an_error_with_its_words(fake, job_folder)
     folder = job_folder("x")
     fake.write(is_down=True)
     with pytest.raises(SlurmError, match="connect failure"):
-        job.hold(folder, [CommandTask(str(folder), 0)])
+        job.hold(folder, [job.task(folder, "it")])
 
 
 def test_the_recipe_of_the_job_is_the_resolved_one(prepare, pending, folder, tiny_recipe):

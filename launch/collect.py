@@ -1,0 +1,99 @@
+"""What is known of how a start of a run ended, read from its directory: by its own node 0, or later from anywhere."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from asr_train import checkpoints
+from asr_train.files import read_jsonl
+from asr_train.run_dir import RunDir
+from launch.outcome import judge
+from launch.starts import Start, history, write_verdict
+from launch.verdict import Evidence, NodeReport, Policy, Verdict
+
+DEFAULT_POLICY: Final = Policy()
+_TAIL_BYTES = 16_384
+
+
+def conclude(
+    run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0, policy: Policy = DEFAULT_POLICY
+) -> Verdict:
+    """Judge a start that ended, and write the verdict down.
+
+    Args:
+        run: whose start it is.
+        start: the start.
+        slurm_state: of its job.
+        wait_s: how long to wait for nodes that have not said how they ended.
+        policy: how often to try.
+    """
+    verdict = judge(evidence(run, start, slurm_state=slurm_state, wait_s=wait_s), history(run), policy)
+    write_verdict(run, start, verdict)
+    return verdict
+
+
+def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0) -> Evidence:
+    """What is known of a start that ended."""
+    reports = start.meeting(run, 0).reports(wait_s)
+    attempt = start.attempt(run)
+    record = run.attempt_record(attempt) if attempt is not None else {}
+    lines = [line for line in read_jsonl(run.metrics) if attempt is not None and line.get("attempt") == attempt]
+    skipped = [line for line in lines if line.get("event") == "skipped"]
+    asked = [report for report in reports.values() if report.get("stopped_by")]
+    first: Mapping[str, Any] = min(asked, key=lambda report: report["stop_time"], default={})
+    num_ranks = len(start.hosts) * start.processes_per_node
+    return Evidence(
+        num_ranks=num_ranks,
+        time=time.time(),
+        ranks=run.outcomes(attempt) if attempt is not None else {},
+        nodes={host: _node(run, start, node, reports.get(node)) for node, host in enumerate(start.hosts)},
+        slurm_state=slurm_state,
+        stop_reason=first.get("stopped_by"),
+        stop_time=first.get("stop_time"),
+        resumed_step=_step(record.get("resumed_from")),
+        committed_step=_step(record.get("committed")),
+        last_step=max((line["step"] for line in lines if "step" in line), default=None),
+        is_done=run.done.exists(),
+        tails={rank: tail for rank in range(num_ranks) if (tail := _tail(run, start, rank))},
+        utterances=tuple(skipped[-1]["ids"]) if skipped else (),
+    )
+
+
+def _node(run: RunDir, start: Start, node: int, report: Mapping[str, Any] | None) -> NodeReport:
+    return NodeReport(
+        reported=report is not None,
+        exit_code=None if report is None else report["exit_code"],
+        ranks=tuple(start.ranks(node)),
+        tail=_agent_output(run, start, node),
+    )
+
+
+def _step(name: str | None) -> int | None:
+    return None if name is None else checkpoints.order(name)[0]
+
+
+def _tail(run: RunDir, start: Start, rank: int) -> str:
+    """Last lines that a rank wrote to stderr, from torchrun's per-rank logs."""
+    node, local_rank = divmod(rank, start.processes_per_node)
+    found = sorted(start.logs(run, node).glob(f"*/attempt_*/{local_rank}/stderr.log"))
+    return _last(found[-1]) if found else ""
+
+
+def _agent_output(run: RunDir, start: Start, node: int) -> str:
+    """Last lines of a node agent's stderr in this start of a job, the launcher's own among them."""
+    if start.job_id is None:
+        return ""
+    text = _last(run.path / "slurm" / f"{start.job_id}_{node}_log.err")
+    return text.rpartition(f"node {node} of {len(start.hosts)}: ")[2]  # a requeued job appends to its file
+
+
+def _last(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, stream.tell() - _TAIL_BYTES))
+            return stream.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
