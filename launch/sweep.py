@@ -96,7 +96,7 @@ def split_values(text: str) -> list[str]:
     for character in text:
         if quote:
             quote = "" if character == quote else quote
-        elif character in "\"'" and not pieces[-1].strip(" [{,:"):  # an apostrophe inside a word is none
+        elif character in "\"'" and pieces[-1].rstrip()[-1:] in ("", *"[{,:"):  # an apostrophe in a word is none
             quote = character
         elif character in "[{":
             depth += 1
@@ -243,6 +243,8 @@ def _directory(recipe: Recipe, values: Mapping[str, Any]) -> Path:
 
 def _compact(value: Any) -> str:
     """A value as it would stand in a recipe, on one line."""
+    if isinstance(value, str):
+        return value
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("...").strip()
 
