@@ -1,5 +1,6 @@
 """On a real Slurm: a corpus prepared as a job array, a run scored as a job, a sweep, and what follows a run."""
 
+import json
 import stat
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from conftest import write_speech
 
 from asr_train.data.corpus import Corpus
-from asr_train.files import read_json
+from asr_train.files import read_json, read_jsonl
 from asr_train.prepare import prepare
 from asr_train.recipe import dump_recipe
 
@@ -109,3 +110,62 @@ def test_a_corpus_as_a_job_array_of_which_one_task_fails_is_that_of_one_machine(
     assert Corpus.open(corpus).hash == local.hash
     assert content(corpus) == content(local.path)
     assert "already prepared" in wavefleet(*command).stdout
+
+
+@pytest.fixture
+def recipe_file(tiny_corpus, tiny_recipe_file):
+    return str(tiny_recipe_file(units_per_step=2, **{"log.every": 1, "num_workers": 0}))
+
+
+def test_a_run_is_followed_and_scored_again_as_a_job(slurm, wavefleet, profile, recipe_file, tmp_path):
+    run = tmp_path / "run"
+    submit = ["submit", recipe_file, f"run_dir={run}", "max_steps=1", "--cluster", profile]
+    wavefleet(*submit, "--then", "evaluate,export")
+
+    def followed():
+        found = json.loads(wavefleet("status", run, "--json").stdout)
+        return found["then"]["state"] not in ("waiting", "running") and found
+
+    found = wait_for(slurm, followed, run)
+    assert (found["state"], found["then"]["state"]) == ("done", "done"), found
+    assert (run / "export" / "config.json").exists()
+    assert "rows scored" in (run / "then" / "evaluate.out").read_text()
+
+    said = wavefleet("evaluate", "run", "--json", "--cluster", profile, "--wait")
+    scores = json.loads(said.stdout)
+    assert scores["dev"]["wer"] == found["wer"]["dev"]
+    assert "submitted as job " in said.stderr
+    said = wavefleet("transcribe", "run/export", "gone.wav", "--cluster", profile, "--wait", code=4)
+    assert "gone.wav" in said.stderr  # as without --cluster
+
+
+def test_a_sweep_of_two_runs_is_listed_with_their_best_wer(slurm, wavefleet, profile, recipe_file, tmp_path):
+    command = ["sweep", recipe_file, "seed=1,2", "max_steps=1", "--json"]
+    rows = json.loads(wavefleet(*command, "--cluster", profile).stdout)
+    assert len({row["job_id"] for row in rows}) == 2
+
+    def listed():
+        found = json.loads(wavefleet(*command, "--list").stdout)
+        return all(row["state"] == "done" for row in found) and found
+
+    found = wait_for(slurm, listed, tmp_path / "runs")
+    for row in found:
+        lines = read_jsonl(Path(row["run"]) / "metrics.jsonl")
+        assert row["best_wer"] == min(line["wer"] for line in lines if line.get("set") == "dev")
+        assert f"seed={row['values']['seed']}" in Path(row["run"]).name
+    again = wavefleet(*command, "--cluster", profile)
+    assert again.stderr.count("done already") == 2
+
+
+def test_what_waits_for_a_job_waits_while_that_is_put_back_into_the_queue(slurm):
+    """What `--then` builds on, as Slurm does it; and that a job which is not held may be released."""
+    program = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then scontrol requeue $SLURM_JOB_ID; sleep 60; fi; echo again'
+    first = slurm.submit("--hold", "--wrap", program)
+    second = slurm.submit(f"--dependency=afterany:{first}", "--kill-on-invalid-dep=yes", "--wrap", "date +%s.%N")
+    slurm.run("scontrol", "release", first)
+    slurm.run("scontrol", "release", second)
+    slurm.wait_for(first, "COMPLETED", restarts=1)
+    slurm.wait_for(second, "COMPLETED")
+    ended = slurm.folder / "jobs" / f"{first}.out"
+    assert "again" in ended.read_text()
+    assert float(slurm.output(second)) > ended.stat().st_mtime
