@@ -334,3 +334,13 @@ def _absolute(recipe: Recipe) -> Recipe:
         ),
         eval=replace(recipe.eval, sets={name: local(sources) for name, sources in recipe.eval.sets.items()}),
     )
+
+
+def on_hub(recipe: Recipe) -> tuple[list[str], list[HubSource]]:
+    """Models and processors, and data sets, that a recipe names on the hub and not in a folder on this machine."""
+    models = dict.fromkeys(name for name in (recipe.model.pretrained, recipe.text.processor) if name is not None)
+    sources = [source for group in (recipe.data.train, *recipe.eval.sets.values()) for source in group]
+    return (
+        [name for name in models if not Path(name).is_dir()],
+        [source for source in sources if isinstance(source, HubSource) and not Path(source.dataset).is_dir()],
+    )

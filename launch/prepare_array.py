@@ -9,7 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from asr_train.config import Recipe
 from asr_train.errors import EXIT_DONE, RecipeError, say
 from asr_train.files import write_text
 from asr_train.recipe import dump_recipe, load_recipe
-from launch import job, snapshot
-from launch.cluster import load_cluster
+from launch import hub_cache, job, snapshot
+from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
+from launch.hub_cache import online
 from launch.job import Command
 
 _MERGE = "merge"
@@ -29,8 +30,7 @@ _MERGE = "merge"
 def main(argv: Sequence[str]) -> int:
     """Submit what is missing of a corpus, or say who prepares it already."""
     options = _parser().parse_intermixed_args(argv)
-    overrides = [text for text in options.overrides if not text.startswith("cluster.")]
-    changes = [text.removeprefix("cluster.") for text in options.overrides if text.startswith("cluster.")]
+    overrides, changes = split_changes(options.overrides)
     if options.tasks < 1:
         raise RecipeError(f"--tasks {options.tasks}: should be at least 1")
     recipe = load_recipe(options.recipe, overrides)
@@ -40,14 +40,18 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         _dry_run(recipe, cluster, options.tasks)
         return EXIT_DONE
-    exit_code, found = _begin([options.recipe, *overrides], options.tasks)
+    arguments = [options.recipe, *overrides]
+    hub_cache.fill(arguments, recipe, cluster)
+    exit_code, found = _begin(arguments, options.tasks, online(cluster))
     if exit_code != EXIT_DONE:
         return exit_code
     corpus, folder = Path(found["corpus"]), _folder(Path(found["corpus"]))
     if found["state"] == "complete":
         print(f"already prepared: {corpus}")
     elif states := job.live(folder) if folder.exists() else {}:
-        print(f"{corpus} is being prepared: {job.shown(states)}")
+        failed = [command.name for command in job.commands(folder) if job.ended(folder, command.name)]
+        more = f"; failed so far: {', '.join(failed)}" if failed else ""
+        print(f"{corpus} is being prepared: {job.shown(states)}{more}")
     elif found["state"] == "busy":
         print(f"{corpus} is being prepared by {found['who']}")
     else:
@@ -86,10 +90,10 @@ def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[in
     print(f"{corpus}: {tasks}made whole by job {last[0]}; what they say is in {folder}")
 
 
-def _begin(arguments: Sequence[str], num_tasks: int) -> tuple[int, dict[str, Any]]:
+def _begin(arguments: Sequence[str], num_tasks: int, environ: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
     """Exit code and answer of the program that lists the sources; it says what is wrong itself."""
     command = [sys.executable, "-m", "asr_train.prepare_share", *arguments, f"--begin={num_tasks}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=False)
     return done.returncode, json.loads(done.stdout) if done.returncode == EXIT_DONE else {}
 
 

@@ -19,8 +19,8 @@ from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import slurm, snapshot, then
-from launch.cluster import load_cluster
+from launch import hub_cache, slurm, snapshot, then
+from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
 from launch.runs import open_run
 from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
@@ -52,6 +52,7 @@ class Wishes:
     force: bool = False
     allow_change: bool = False
     update_code: bool = False
+    fetch: bool = True  # from the hub, into the profile's cache
     followers: tuple[str, ...] = ()
 
 
@@ -106,6 +107,8 @@ def start(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, wish
         cluster=cluster,
         continuation="requeue" if cluster.continuation == "auto" else cluster.continuation,
     )
+    if wishes.fetch:
+        hub_cache.fill([str(run.path / "recipe.yaml")], recipe, cluster)
     return f"{run.path}: submitted as job {submit(run, settings).job_id}"
 
 
@@ -128,8 +131,7 @@ def retry(argv: Sequence[str]) -> int:
 
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What the command line changes of the recipe, and of the profile."""
-    recipe = [text for text in options.overrides if not text.startswith("cluster.")]
-    cluster = [text.removeprefix("cluster.") for text in options.overrides if text.startswith("cluster.")]
+    recipe, cluster = split_changes(options.overrides)
     return recipe, cluster + ([] if options.nodes is None else [f"nodes={options.nodes}"])
 
 

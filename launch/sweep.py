@@ -20,10 +20,10 @@ from rich.table import Table
 from asr_train.config import Recipe
 from asr_train.errors import EXIT_DONE, RecipeError, RunError, say
 from asr_train.files import read_json
-from asr_train.recipe import load_recipe, recipe_hash, walk
+from asr_train.recipe import load_recipe, on_hub, recipe_hash, walk
 from asr_train.run_dir import RunDir, read_metrics
 from launch import submit
-from launch.cluster import load_cluster
+from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
 from launch.slurm import SlurmError
 from launch.status import describe
@@ -58,8 +58,7 @@ class Row:
 def main(argv: Sequence[str]) -> int:
     """Submit what is not there yet, and list all runs."""
     options = _parser().parse_intermixed_args(argv)
-    overrides = [text for text in options.overrides if not text.startswith("cluster.")]
-    changes = [text.removeprefix("cluster.") for text in options.overrides if text.startswith("cluster.")]
+    overrides, changes = split_changes(options.overrides)
     changes += [] if options.nodes is None else [f"nodes={options.nodes}"]
     if options.cluster is None and (options.dry_run or not options.list):
         raise RecipeError("--cluster: missing; or --list, to see the runs that there are")
@@ -69,11 +68,14 @@ def main(argv: Sequence[str]) -> int:
             print(f"# {member.path}")
             print(submit.text(RunDir(member.path), member.recipe, _needed(cluster)))
         return EXIT_DONE
-    problems = {}
+    problems, fetched = {}, set[str]()
     if not options.list:
         for member in members:
+            named = repr(on_hub(member.recipe))
+            wishes = submit.Wishes(retry=options.retry, fetch=named not in fetched)
             try:
-                _submit(member, _needed(cluster), options)
+                if _submit(member, _needed(cluster), options.cluster, wishes):
+                    fetched.add(named)
             except (RunError, SlurmError) as error:  # the others can do without it
                 problems[member.path] = str(error)
     rows = sorted(map(_row, members), key=lambda row: (row.best_wer is None, row.best_wer))
@@ -189,13 +191,14 @@ def _checked(
     return members, cluster
 
 
-def _submit(member: Member, cluster: Cluster, options: argparse.Namespace) -> None:
-    """Submit a run that does not live and is not done."""
+def _submit(member: Member, cluster: Cluster, cluster_name: str, wishes: submit.Wishes) -> bool:
+    """Submit a run that does not live and is not done; whether it has a job now."""
     run = RunDir(member.path)
     if run.done.exists():
         say(f"{run.path}: done already")
-        return
-    say(submit.start(run, member.recipe, cluster, options.cluster, submit.Wishes(retry=options.retry)))
+        return False
+    say(submit.start(run, member.recipe, cluster, cluster_name, wishes))
+    return True
 
 
 def _needed(cluster: Cluster | None) -> Cluster:

@@ -45,7 +45,7 @@ def profile(tmp_path):
 def pending(monkeypatch, tmp_path):
     """What is to be done, as the program that lists the sources would say."""
     found = {"corpus": str(tmp_path / "corpora" / "tiny-12345678"), "state": "begun", "pending": list(range(1, 8))}
-    monkeypatch.setattr(prepare_array, "_begin", lambda arguments, num_tasks: (0, found))
+    monkeypatch.setattr(prepare_array, "_begin", lambda *_: (0, found))
     return found
 
 
@@ -111,12 +111,15 @@ def test_a_task_asks_for_no_gpu_unless_told_and_uses_its_cpus(prepare, pending, 
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["num_proc"] == 3
 
 
-def test_the_same_command_while_jobs_live_submits_nothing(prepare, pending, fake, capsys):
+def test_the_same_command_while_jobs_live_submits_nothing(prepare, pending, fake, folder, capsys):
     prepare()
     fake.end("100", state="RUNNING")
     prepare()
     assert len(fake.jobs) == 2
-    assert "is being prepared: job 100: 1 running; job 101: 1 pending" in capsys.readouterr().out
+    assert "is being prepared: job 100: 1 running; job 101: 1 pending\n" in capsys.readouterr().out
+    write_json(folder / "share-2-of-7.json", {"exit_code": 4})
+    prepare()
+    assert "1 pending; failed so far: share-2-of-7\n" in capsys.readouterr().out
 
 
 def test_only_what_is_pending_is_submitted_again_and_what_failed_is_said(prepare, pending, fake, folder, capsys):
