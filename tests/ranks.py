@@ -88,7 +88,7 @@ def _forget_accelerate_state() -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    aside = path.with_suffix(".tmp")
+    aside = path.with_name(f".{path.name}")  # no pattern finds it
     aside.write_bytes(data)
     aside.rename(path)
 
