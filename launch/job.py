@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from asr_train.errors import EXIT_DONE, WavefleetError, say
+from asr_train.errors import EXIT_DONE, RunError, WavefleetError, say
 from asr_train.files import hash_json, read_json, write_json
+from asr_train.lock import HeartbeatLock, LockHeldError
 from launch import slurm
 from launch.child import run_child
 from launch.cluster_config import Cluster
@@ -130,6 +131,22 @@ def make_folder(folder: Path, cluster: Cluster) -> None:
     for path in (folder, folder / "slurm"):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700 if cluster.private else 0o755)
+
+
+@contextmanager
+def submitting(folder: Path, cluster: Cluster) -> Iterator[None]:
+    """Keep other submitters of a job folder out, which is made if it is not there.
+
+    Raises:
+        RunError: another process submits its jobs now.
+    """
+    make_folder(folder, cluster)
+    try:
+        with HeartbeatLock(folder / "lock.json"):
+            yield
+    except LockHeldError as held:
+        who = f"process {held.holder.get('pid')} on {held.holder.get('host')}"
+        raise RunError(f"{who} submits the jobs of {folder} now") from None
 
 
 def hold(folder: Path, tasks: Sequence[Task], *, after: str | None = None) -> list[str]:

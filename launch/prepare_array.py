@@ -48,21 +48,22 @@ def main(argv: Sequence[str]) -> int:
     corpus, folder = Path(found["corpus"]), _folder(Path(found["corpus"]))
     if found["state"] == "complete":
         print(f"already prepared: {corpus}")
-    elif states := job.live(folder) if folder.exists() else {}:
-        failed = [command.name for command in job.commands(folder) if job.ended(folder, command.name)]
-        more = f"; failed so far: {', '.join(failed)}" if failed else ""
-        print(f"{corpus} is being prepared: {job.shown(states)}{more}")
-    elif found["state"] == "busy":
-        print(f"{corpus} is being prepared by {found['who']}")
-    else:
-        _submit(recipe, cluster, corpus, found["pending"], options.tasks)
+        return EXIT_DONE
+    with job.submitting(folder, cluster):
+        if states := job.live(folder):
+            failed = [command.name for command in job.commands(folder) if job.ended(folder, command.name)]
+            more = f"; failed so far: {', '.join(failed)}" if failed else ""
+            print(f"{corpus} is being prepared: {job.shown(states)}{more}")
+        elif found["state"] == "busy":
+            print(f"{corpus} is being prepared by {found['who']}")
+        else:
+            _submit(recipe, cluster, corpus, found["pending"], options.tasks)
     return EXIT_DONE
 
 
 def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[int], num_tasks: int) -> None:
     """Submit the shares that are pending, and what makes a corpus of them."""
     folder = _folder(corpus)
-    job.make_folder(folder, cluster)
     for number in pending:
         if job.ended(folder, name := _share_name(number, num_tasks)):
             say(f"task {number} of {num_tasks} failed: {job.last_words(folder, name)}")

@@ -4,11 +4,14 @@ All other arguments are the command's own, and mean there what they mean here: t
 """
 
 import argparse
+import codecs
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, RunError, say
 from asr_train.files import hash_json
@@ -45,16 +48,16 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     if options.dry_run:
         print(job.batch_text(cluster, folder, name), end="")
         return EXIT_DONE
-    if states := job.live(folder) if folder.exists() else {}:
-        job_id = next(iter(states))
-        say(f"{job.shown(states)} already; {_where(folder, verb)}")
-    else:
-        job.make_folder(folder, cluster)
-        code = snapshot.take(folder / "code")
-        job.write_job(folder, cluster, code, name, [Command(verb, f"asr_train.{verb}", arguments)])
-        (job_id,) = job.hold(folder, [job.task(folder, verb)])
-        job.release(folder, [job_id])
-        say(f"submitted as job {job_id}; {_where(folder, verb)}")
+    with job.submitting(folder, cluster):
+        if states := job.live(folder):
+            job_id = next(iter(states))
+            say(f"{job.shown(states)} already; {_where(folder, verb)}")
+        else:
+            code = snapshot.take(folder / "code")
+            job.write_job(folder, cluster, code, name, [Command(verb, f"asr_train.{verb}", arguments)])
+            (job_id,) = job.hold(folder, [job.task(folder, verb)])
+            job.release(folder, [job_id])
+            say(f"submitted as job {job_id}; {_where(folder, verb)}")
     if not options.wait:
         print(job_id)
         return EXIT_DONE
@@ -65,21 +68,38 @@ def _run(verb: str, argv: Sequence[str]) -> int:
         return 130
 
 
+class _Tail:
+    """Shows what is added to a file; all of it again once it began anew, as a job does that was put back."""
+
+    def __init__(self, path: Path, stream: TextIO) -> None:
+        self._path, self._stream = path, stream
+        self._begin()
+
+    def _begin(self) -> None:
+        self._seen = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._seen:
+                self._begin()
+            file.seek(self._seen)
+            data = file.read()
+        self._seen += len(data)
+        self._stream.write(self._decoder.decode(data))
+        self._stream.flush()
+
+
 def follow(folder: Path, name: str, job_id: str) -> int:
     """Show what a command of a job writes, until it has ended; its exit code, 4 when it was ended from outside."""
-    seen = {sys.stdout: 0, sys.stderr: 0}
-    files = {sys.stdout: folder / f"{name}.out", sys.stderr: folder / f"{name}.err"}
+    tails = [_Tail(folder / f"{name}.out", sys.stdout), _Tail(folder / f"{name}.err", sys.stderr)]
     said, gone_since = "", None
     while True:
         exit_code = job.ended(folder, name)  # before its last lines are read
-        for stream, path in files.items():
-            if path.exists():
-                with path.open("rb") as file:
-                    file.seek(seen[stream])
-                    text = file.read()
-                seen[stream] += len(text)
-                stream.write(text.decode("utf-8", "replace"))
-                stream.flush()
+        for tail in tails:
+            tail.show()
         if exit_code is not None:
             return exit_code
         try:

@@ -15,6 +15,7 @@ from fake_slurm import FakeSlurm
 
 from asr_train.errors import RecipeError
 from asr_train.files import read_json, write_json
+from asr_train.lock import HeartbeatLock
 from asr_train.recipe import dump_recipe
 from launch import cli, job, prepare_array, remote, slurm
 from launch.cluster import load_cluster
@@ -176,6 +177,15 @@ def test_jobs_of_a_submitter_that_was_killed_are_cancelled_or_released(prepare, 
     prepare()
     assert len(fake.jobs) == 6
     assert [fake.jobs[job_id]["held"] for job_id in ("104", "105")] == [False, False]
+
+
+def test_two_submitters_at_once_do_not_cancel_each_others_jobs(prepare, pending, fake, folder, capsys):
+    with HeartbeatLock(folder / "lock.json"):
+        prepare(code=2)
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+    assert fake.jobs == {}
+    prepare()
+    assert len(fake.jobs) == 2
 
 
 @pytest.mark.parametrize(
@@ -346,6 +356,8 @@ def test_waiting_shows_what_the_job_writes_and_ends_as_it_does(job_folder, fake,
             case 2:
                 (folder / "it.out").write_text("WER 5 %\nall\n")
                 fake.write(is_down=True)
+            case 3:
+                (folder / "it.out").write_text("again\n")  # the job was put back into the queue
             case _:
                 fake.write(is_down=False)
                 write_json(folder / "it.json", {"exit_code": 3})
@@ -353,7 +365,7 @@ def test_waiting_shows_what_the_job_writes_and_ends_as_it_does(job_folder, fake,
     monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=time_passes, monotonic=time.monotonic))
     assert remote.follow(folder, "it", job_id) == 3
     said = capsys.readouterr()
-    assert said.out == "WER 5 %\nall\n"
+    assert said.out == "WER 5 %\nall\nagain\n"
     lines = said.err.splitlines()
     assert lines[:3] == ["job 100: pending, None", "loading", "job 100: running"]
     assert lines[3] == "job 100: unreachable"
