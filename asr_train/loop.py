@@ -381,6 +381,7 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
     is_best = False
     for name in recipe.eval.sets:
         job.phase.show("evaluation", state.step)
+        start = time.monotonic()
         rows = job.run.evaluation(state.step, name)
         score = evaluate_set(
             job.parallel.model,
@@ -402,7 +403,7 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
         values = score.to_json()
         del values["confusions"]  # they can be counted from the rows, and make a long line
         line = {"step": state.step, "set": name, **values}
-        job.log(line)
+        job.log({**line, "seconds": time.monotonic() - start})
         job.parallel.accelerator.log({f"{name}/wer": score.wer, f"{name}/cer": score.cer}, step=state.step)
         progress.score(name, line)
         if best_metric.partition("/")[0] == name:

@@ -20,6 +20,7 @@ from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan, PlanSettings, check_world_size
+from asr_train.data.stage import on_this_node
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
 from asr_train.estimate import quadratic_share
 from asr_train.live_state import create_state
@@ -210,7 +211,7 @@ def _attempt(
 def _corpus(recipe: Recipe, phase: PhaseFile, *, is_main: bool) -> Corpus:
     """The prepared data; a phase of its own, for it takes as long as the data is large."""
     phase.show("prepare")
-    corpus = prepare(recipe) if is_main else wait_for_corpus(recipe)
+    corpus = on_this_node(prepare(recipe) if is_main else wait_for_corpus(recipe), say)
     phase.show("start")
     return corpus
 

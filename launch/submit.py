@@ -5,29 +5,26 @@ comment names the run, and the next call adopts it.
 """
 
 import argparse
-import os
 import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from asr_train import lock
 from asr_train.config import Recipe
-from asr_train.data.plan import check_world_size
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import read_json, write_json
-from asr_train.recipe import load_recipe, on_hub, run_directory
+from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import slurm, snapshot
-from launch.child import run_child
-from launch.cluster import environment, load_cluster
+from launch import exclusions, hub_cache, signal_lead, slurm, snapshot, then
+from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
+from launch.findings import continuation, findings
 from launch.runs import open_run
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
 from launch.settings import JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import retried
@@ -48,6 +45,18 @@ class Submission:
     code: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the command line asks for besides recipe and profile; see its help."""
+
+    retry: bool = False
+    force: bool = False
+    allow_change: bool = False
+    update_code: bool = False
+    fetch: bool = True  # from the hub, into the profile's cache
+    followers: tuple[str, ...] = ()
+
+
 def main(argv: Sequence[str]) -> int:
     """Submit a training, or say which job does it already."""
     options = _parser().parse_intermixed_args(argv)
@@ -58,43 +67,51 @@ def main(argv: Sequence[str]) -> int:
     cluster = load_cluster(options.cluster, changes)
     run = RunDir(run_directory(recipe))
     check_size(recipe, cluster)
+    _warn_of_lead(run, cluster)
     if options.dry_run:
         print(text(run, recipe, cluster), end="")
         return EXIT_DONE
-    run.make()
-    if live := live_job(run):
-        print(f"{run.path}: job {live[0].job_id} is {live[1].state} already")
-        return EXIT_DONE
-    check_may_start(run, retry=options.retry, force=options.force)
-    run.claim(recipe, allow_change=options.allow_change)
-    if options.force:
-        run.done.unlink(missing_ok=True)
-    if options.retry:
-        retried(run)
-    settings = JobSettings(
-        code=_code(run, renew=options.update_code),
-        cluster_name=options.cluster,
-        cluster=cluster,
-        continuation="requeue" if cluster.continuation == "auto" else cluster.continuation,
+    wishes = Wishes(
+        retry=options.retry,
+        force=options.force,
+        allow_change=options.allow_change,
+        update_code=options.update_code,
+        followers=then.read_verbs(options.then) if options.then is not None else (),
     )
-    _fetch(run, recipe, cluster)
-    submission = submit(run, settings)
-    print(f"{run.path}: submitted as job {submission.job_id}")
+    print(start(run, recipe, cluster, options.cluster, wishes))
     return EXIT_DONE
 
 
-def _fetch(run: RunDir, recipe: Recipe, cluster: Cluster) -> None:
-    """Fill the profile's cache with what the recipe names on the hub, for jobs read from there alone.
+def start(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, wishes: Wishes) -> str:
+    """Have a run trained by a job, unless one does already; what happened, in a line.
 
     Raises:
-        RunError: it could not be had.
+        RunError: it is done, failed, trained elsewhere or of another recipe, and that was not asked for.
+        SlurmError: Slurm does not answer, or refused.
     """
-    if cluster.cache is None or not any(on_hub(recipe)):
-        return
-    command = [sys.executable, "-m", "asr_train.fetch", str(run.path / "recipe.yaml")]
-    online = {name: value for name, value in environment(cluster).items() if name != "HF_HUB_OFFLINE"}
-    if run_child(command, env={**os.environ, **online}).exit_code != EXIT_DONE:
-        raise RunError(f"{cluster.cache} could not be filled, and jobs read from nowhere else; see above")
+    run.make()
+    if live := live_job(run):
+        if wishes.followers:
+            then.ask(run, wishes.followers)
+        then.chain(run, JobSettings.read(run), live[0].job_id)
+        return f"{run.path}: job {live[0].job_id} is {live[1].state} already"
+    check_may_start(run, retry=wishes.retry, force=wishes.force)
+    run.claim(recipe, allow_change=wishes.allow_change)
+    if wishes.force:
+        run.done.unlink(missing_ok=True)
+    if wishes.retry:
+        retried(run)
+    if wishes.followers:
+        then.ask(run, wishes.followers)
+    settings = JobSettings(
+        code=_code(run, renew=wishes.update_code),
+        cluster_name=cluster_name,
+        cluster=cluster,
+        continuation=continuation(cluster, findings(cluster, cluster_name)),
+    )
+    if wishes.fetch:
+        hub_cache.fill([str(run.path / "recipe.yaml")], recipe, cluster)
+    return f"{run.path}: submitted as job {submit(run, settings).job_id}"
 
 
 def retry(argv: Sequence[str]) -> int:
@@ -108,6 +125,7 @@ def retry(argv: Sequence[str]) -> int:
     settings = JobSettings.read(run)
     cluster = settings.cluster if options.nodes is None else replace(settings.cluster, nodes=options.nodes)
     check_size(run.recipe(), cluster)
+    _warn_of_lead(run, cluster)
     retried(run)
     submission = submit(run, replace(settings, cluster=cluster, code=_code(run, renew=options.update_code)))
     print(f"{run.path}: submitted as job {submission.job_id}")
@@ -116,8 +134,7 @@ def retry(argv: Sequence[str]) -> int:
 
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What the command line changes of the recipe, and of the profile."""
-    recipe = [text for text in options.overrides if not text.startswith("cluster.")]
-    cluster = [text.removeprefix("cluster.") for text in options.overrides if text.startswith("cluster.")]
+    recipe, cluster = split_changes(options.overrides)
     return recipe, cluster + ([] if options.nodes is None else [f"nodes={options.nodes}"])
 
 
@@ -144,31 +161,34 @@ def submit(
     folder = run.path / "slurm"
     folder.mkdir(exist_ok=True)
     folder.chmod(_PRIVATE if cluster.private else _READABLE)  # what is pickled there is run: nobody else may write
-    parameters = _parameters(run, settings, exclude, after)
+    parameters = _parameters(
+        run, run.recipe().name, cluster, settings.code, exclude=avoided(settings, exclude), after=after
+    )
     if begin_in_s:
         parameters["additional_parameters"]["begin"] = f"now+{begin_in_s:.0f}"
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
     executor = submitit.SlurmExecutor(folder, python=python_command(cluster))
     executor.update_parameters(**parameters)
-    with _without_slurm_variables():
+    with without_slurm_variables():
         try:
             job = executor.submit(Task("launch.node_agent", str(run.path)))
         except submitit.core.utils.FailedJobError as error:
             raise SlurmError(f"Slurm refused the job: {error}") from None
-    return _note(run, str(job.job_id), settings)
-
-
-@contextmanager
-def _without_slurm_variables() -> Iterator[None]:
-    """Those of a shell would win over the profile, silently; those of a job would reach the next one."""
-    ours = [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF"]
-    removed = {name: os.environ.pop(name) for name in ours}
-    for name in [name for name in removed if name.startswith("SBATCH_")]:
-        say(f"{name}={removed[name]} of your shell is left out; set it in the profile")
+    submission = _note(run, str(job.job_id), settings)
     try:
-        yield
-    finally:
-        os.environ.update(removed)
+        then.chain(run, settings, submission.job_id)
+    except SlurmError as error:  # the run's own job is there
+        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
+    return submission
+
+
+def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
+    """These nodes, and those that are excluded on this cluster now; said."""
+    cluster, name = settings.cluster, settings.cluster_name
+    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes)
+    if found:
+        say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
+    return sorted({*exclude, *found})
 
 
 def submissions(run: RunDir) -> list[Submission]:
@@ -237,21 +257,37 @@ def check_size(recipe: Recipe, cluster: Cluster) -> None:
 
 def _code(run: RunDir, *, renew: bool) -> Path:
     """The run's own copy of the code: the one that it has, unless it has none or a new one is asked for."""
-    if not renew and (known := submissions(run)) and Path(known[-1].code).is_dir():
-        return Path(known[-1].code)
-    return snapshot.take(run.path / "code")
+    return snapshot.take(run.path / "code") if renew else _own_code(run) or snapshot.take(run.path / "code")
+
+
+def _warn_of_lead(run: RunDir, cluster: Cluster) -> None:
+    if problem := signal_lead.problem_of(run, cluster.signal_lead_s):
+        say(f"warning: {problem}")
+
+
+def _own_code(run: RunDir) -> Path | None:
+    """The copy that the run's last job had."""
+    known = submissions(run)
+    return Path(known[-1].code) if known and Path(known[-1].code).is_dir() else None
+
+
+def code_of(run: RunDir) -> Path:
+    """Where the code of a run's next job is, or would be copied to; nothing is touched."""
+    return _own_code(run) or snapshot.where(run.path / "code")
 
 
 def _comment(run: RunDir) -> str:
-    """Marks a run's jobs in Slurm."""
-    return f"wavefleet:{run.run_id}"
+    """Marks a run's jobs in Slurm; one that was never submitted has no number yet."""
+    return f"wavefleet:{run.run_id if (run.path / 'run.json').exists() else '<run id>'}"
 
 
-def _parameters(run: RunDir, settings: JobSettings, exclude: Sequence[str], after: str | None) -> dict[str, Any]:
-    cluster, code = settings.cluster, str(settings.code)
+def _parameters(
+    run: RunDir, name: str, cluster: Cluster, code: Path, *, exclude: Sequence[str] = (), after: str | None = None
+) -> dict[str, Any]:
+    """What submitit is told of a job of a run, which is called `name`."""
     parameters = submitit_parameters(
         cluster,
-        job_name=run.recipe().name,
+        job_name=name,
         nodes=cluster.nodes,
         hold=True,
         comment=_comment(run),
@@ -259,16 +295,14 @@ def _parameters(run: RunDir, settings: JobSettings, exclude: Sequence[str], afte
         dependency=None if after is None else f"afterany:{after}",
     )
     # the working directory comes first among Python's paths: it must be the run's own code too
-    parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": code}
-    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(code)}"]
+    parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": str(code)}
+    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(str(code))}"]
     return parameters
 
 
 def text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
     """The batch script that would be submitted; nothing is touched."""
-    parameters = submitit_parameters(
-        cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, comment="wavefleet:<run id>"
-    )
+    parameters = _parameters(run, recipe.name, cluster, code_of(run))
     folder = run.path / "slurm"
     command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return sbatch_text(parameters, folder, command)
@@ -295,6 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")
     parser.add_argument("--force", action="store_true", help="go on with a run that is done")
+    parser.add_argument("--then", metavar="VERB,VERB", help="what follows when the run is done: evaluate, export")
     parser.add_argument("--allow-change", action="store_true", help="go on with a run that another recipe started")
     parser.add_argument("--update-code", action="store_true", help="copy today's code, in place of the run's own")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
