@@ -25,6 +25,7 @@ from launch.starts import verdicts
 
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 NUM_STEPS = 100
+PATIENCE_S = 400  # a machine that others load
 # a checkpoint is waited for, so that one is there when the step is
 SETTINGS = {
     "max_steps": NUM_STEPS, "units_per_step": 3, "log.every": 1, "num_workers": 0, "checkpoint.every": "20",
@@ -63,7 +64,7 @@ def process_of(rank, folder):
 
 def stop_rank(rank, folder, at_step):
     """SIGSTOP, once so many steps are made."""
-    until = time.monotonic() + 180
+    until = time.monotonic() + PATIENCE_S
     while max(losses(folder), default=0) < at_step:
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -95,14 +96,19 @@ def test_a_stopped_rank_is_named_the_others_show_their_stacks_and_the_run_goes_o
     folder = tmp_path / "run"
     wavefleet(cluster, "submit", recipe_file, f"run_dir={folder}", "--cluster", profile)
     stop_rank(1, folder, at_step=25)
-    wait_until(cluster, folder, lambda found: list(verdicts(RunDir(folder))))
+    wait_until(cluster, folder, lambda found: list(verdicts(RunDir(folder))), PATIENCE_S)
     why = json.loads(wavefleet(cluster, "why", folder, "--json").stdout)
     assert_hang_is_explained(why, folder)
     assert why["host"] in NODES
     first_error = wavefleet(cluster, "logs", folder, "--attempt", "1", "--first-error").stdout
     assert first_error.startswith(f"rank 1 on {why['host']} failed first: hung in phase")
-    wait_until(cluster, folder, lambda found: found["state"] == "done" and len(list(verdicts(RunDir(folder)))) == 2)
+    wait_until(
+        cluster, folder, lambda found: found["state"] == "done" and len(list(verdicts(RunDir(folder)))) == 2, PATIENCE_S
+    )
     assert [line["kind"] for line in verdicts(RunDir(folder))] == ["hang", "done"]
+    for attempt in "12":  # both starts of the job wrote to the same files
+        lines = wavefleet(cluster, "logs", folder, "--attempt", attempt).stdout.splitlines()
+        assert len([line for line in lines if line.startswith("node 0 | ") and ", node 0 of 2: " in line]) == 1
     assert_went_on(folder, expected)
 
 
