@@ -12,7 +12,7 @@ from asr_train import checkpoints
 from asr_train.errors import say
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir
-from launch import exclusions, slurm
+from launch import exclusions, hang, slurm
 from launch.outcome import judge
 from launch.settings import JobSettings, settings_file
 from launch.slurm import SlurmError
@@ -87,6 +87,7 @@ def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_
         committed_step=_step(record.get("committed")),
         last_step=max((line["step"] for line in lines if "step" in line), default=None),
         is_done=run.done.exists(),
+        hang=hang.found(start.hangs(run)),
         tails={rank: tail for rank in range(num_ranks) if (tail := _tail(run, start, rank))},
         utterances=tuple(skipped[-1]["ids"]) if skipped else (),
     )

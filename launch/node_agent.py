@@ -22,8 +22,9 @@ from asr_train.run_dir import START, RunDir
 from launch import continuation, devices, preflight, slurm
 from launch.child import Signals, nobody, run_child
 from launch.cluster import accelerate_config
-from launch.cluster_config import as_bytes
+from launch.cluster_config import Cluster, as_bytes
 from launch.collect import conclude
+from launch.hang import HangWatch
 from launch.hardware import GpuWatch
 from launch.node_check import Wanted
 from launch.notify import notify
@@ -176,7 +177,7 @@ def _preflight(node: _Node, meet: str) -> dict[str, str | None] | None:
             gpu_memory_bytes=as_bytes(cluster.gpu_memory),
             commands=cluster.preflight,
         ),
-        environ={**os.environ, **_environment(node)},
+        environ={**os.environ, **training_environment(cluster, node.start.name)},
         is_asked=is_asked,
     )
     if preflight.may_start(found, hosts):
@@ -205,18 +206,31 @@ def _train(node: _Node, address: str, port: int, variables: Mapping[str, str]) -
     arguments = [str(node.run.path / "recipe.yaml"), f"run_dir={node.run.path}"]
     command = placement.command(arguments, rendezvous=meet, log_dir=logs)
     say(f"{start.hosts[node.number]}, node {node.number} of {num_nodes}: {shlex.join(command)}")
-    environ = placement.environ({**os.environ, **_environment(node), **variables})
-    watch = _Watch(node)
-    return run_child(
-        command, env=environ, cwd=node.settings.code, receivers=nobody, signals=node.signals, is_over=watch
-    ).exit_code
+    with HangWatch(
+        start.ranks(node.number),
+        node.run.recipe().limits,
+        start.hangs(node.run),
+        node=node.number,
+        num_nodes=num_nodes,
+        host=start.hosts[node.number],
+    ) as hang_watch:
+        ours = {**training_environment(cluster, start.name), **variables, **hang_watch.environment}
+        environ = placement.environ({**os.environ, **ours})
+        return run_child(
+            command,
+            env=environ,
+            cwd=node.settings.code,
+            receivers=nobody,
+            signals=node.signals,
+            is_over=_Watch(node, hang_watch),
+        ).exit_code
 
 
 class _Watch:
-    """What this agent does while its ranks train: shows that it lives, and passes the wish to stop on."""
+    """What this agent does while its ranks train: shows that it lives, passes the wish to stop on, sees a hang."""
 
-    def __init__(self, node: _Node) -> None:
-        self._node = node
+    def __init__(self, node: _Node, hang_watch: HangWatch) -> None:
+        self._node, self._hang_watch = node, hang_watch
         self._next_beat_s = 0.0
 
     def __call__(self, child: psutil.Process) -> bool:
@@ -226,16 +240,15 @@ class _Watch:
             node.meeting.beat()
         if node.signals.first is not None:
             ask(node.run, "stop")  # again and again, for an attempt that is just starting forgets old requests
-        return False
+        return self._hang_watch.look()
 
 
-def _environment(node: _Node) -> dict[str, str]:
-    """Variables by which the profile reaches torch and the training program."""
-    cluster = node.settings.cluster
+def training_environment(cluster: Cluster, start: str) -> dict[str, str]:
+    """Variables by which the profile, and the name of the start, reach torch and the training program."""
     found = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_lead_s),
         "WAVEFLEET_COLLECTIVE_TIMEOUT_S": str(cluster.process_group_timeout_s),
-        START: node.start.name,
+        START: start,
     }
     if cluster.rendezvous_interface is not None:
         found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), cluster.rendezvous_interface)

@@ -3,11 +3,12 @@
 squeue first; sacct where the job is forgotten there; neither may be reachable, and then our own files must do.
 """
 
+import os
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -70,15 +71,25 @@ def run(*command: str) -> str:
     Raises:
         SlurmError: it is missing, failed, or did not answer.
     """
-    if shutil.which(command[0]) is None:
-        raise SlurmError(f"{command[0]} is not on this machine: is this a login node of a Slurm cluster?")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within {_TIMEOUT_S} s; is slurmctld up?") from None
-    if done.returncode != 0:
-        raise SlurmError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+    return _call(command).stdout
+
+
+def sbatch(text: str, *options: str) -> str:
+    """Submit a script; the job's id.
+
+    Raises:
+        SlurmError: Slurm refused it.
+    """
+    return _sbatch(text, "--parsable", *options).stdout.strip().partition(";")[0]
+
+
+def expected_start(text: str) -> str:
+    """When a script would start if it were submitted now, and where, in sbatch's own words; nothing is submitted.
+
+    Raises:
+        SlurmError: Slurm would refuse it.
+    """
+    return _sbatch(text, "--test-only").stderr.strip().removeprefix("sbatch: ")
 
 
 def job_state(job_id: str) -> JobState:
@@ -224,6 +235,32 @@ def jobs_with_comment(comment: str) -> list[str]:
     """Ids of our live jobs with a comment."""
     lines = run("squeue", "--noheader", "--me", "--format=%i|%k").splitlines()
     return [job for line in lines for job, _, text in [line.strip().partition("|")] if text == comment]
+
+
+def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Give sbatch a script; variables of our shell or job that would win over what it says are left out."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SBATCH_", "SLURM_")) or name == "SLURM_CONF"
+    }
+    return _call(["sbatch", *options], text=text, environ=environ)
+
+
+def _call(
+    command: Sequence[str], *, text: str | None = None, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"{command[0]} is not on this machine: is this a login node of a Slurm cluster?")
+    try:
+        done = subprocess.run(
+            command, input=text, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within {_TIMEOUT_S} s; is slurmctld up?") from None
+    if done.returncode != 0:
+        raise SlurmError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done
 
 
 def _from_accounting(job_id: str, why: SlurmError | None) -> JobState:

@@ -23,7 +23,7 @@ def take(folder: Path) -> Path:
         RunError: the copy could not be made.
     """
     sources, root = _sources()
-    final = folder / _hash(sources, root)
+    final = where(folder)
     if final.exists():
         return final
     aside = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
@@ -42,6 +42,11 @@ def take(folder: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def where(folder: Path) -> Path:
+    """Where `take` would copy this program to, or has."""
+    return folder / _hash(*_sources())
 
 
 def check_running(code: Path) -> None:
@@ -63,8 +68,8 @@ def running_hash() -> str:
 
 def _sources() -> tuple[set[Path], Path]:
     """Files and folders that make the program, and what their names are relative to."""
-    sources = {Path(module.__file__ or "").parent for module in (asr_train, launch)}
     root = Path(asr_train.__file__).parent.parent
+    sources = {Path(module.__file__ or "").parent for module in (asr_train, launch)}
     sources |= {root / name for name in _SHIPPED if (root / name).is_dir()}
     if (root / "pyproject.toml").exists():  # marks a checkout, whose recipes are beside the packages
         sources.add(root / "pyproject.toml")

@@ -43,6 +43,7 @@ class Hang:
         rank: the one that the others wait for; None when that is not known.
         state: its process's in /proc: T stopped, D waiting for a disk or a driver.
         time: when the hang detector gave up.
+        stacks: folder of all ranks' stacks, in the run directory.
     """
 
     phase: str
@@ -51,6 +52,7 @@ class Hang:
     host: str | None = None
     state: str | None = None
     time: float | None = None
+    stacks: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 # A new module is placed here, as low as its imports let it be. Layer 0 has no torch; `launch` may use it and no other.
 LAYERS = (
     """__init__ config errors files geometry lock recipe resources run_dir state checkpoints stop
-    estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.plan""",
+    phase estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
+    data.plan""",
     """progress metrics loss optim safe_load generators
     data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
     data.sources
