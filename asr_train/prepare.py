@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -32,16 +33,18 @@ from asr_train.data.corpus import (
 )
 from asr_train.data.finish import check_counts, finish_set, write_rejected
 from asr_train.data.rows import Listing, SourceError
-from asr_train.data.shard_pool import cut, write_shards
-from asr_train.data.shards import RowChecks, rejected_path
+from asr_train.data.shard_pool import Shard, cut, write_shards
+from asr_train.data.shards import RowChecks, mended_shards, rejected_path
 from asr_train.data.sources import open_sources
 from asr_train.data.text import Normaliser, Vocabulary, collision_message
 from asr_train.errors import EXIT_DONE, CorpusError, RecipeError, run_main
 from asr_train.files import hash_json, read_json, write_json, write_text
 from asr_train.geometry import FrameGeometry
-from asr_train.lock import HeartbeatLock, LockHeldError
+from asr_train.lock import HeartbeatLock, LockHeldError, holder
 from asr_train.recipe import load_recipe
 
+NOTE = "listing.json"  # in a corpus that is not complete: what its shards are made from
+SHARES = ".shares"  # in a corpus that is not complete: locks of who writes a share of its shards
 _POLL_S = 0.5  # between two looks at another process's lock
 _MISMATCH_SHARE = 0.5  # of training characters unknown to a given vocabulary: another case or another script
 
@@ -58,39 +61,53 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> Corpus:
         CorpusError: too many refused rows, an empty set, a vocabulary that does not fit.
         RecipeError: names of sets that a corpus cannot have.
     """
-    _check_names(recipe)
-    geometry = _geometry(recipe)
+    check_names(recipe)
+    geometry = corpus_geometry(recipe)
     path = corpus_path(recipe, geometry)
     if changed := _changed_files(path):
         print(f"note: {_stale(path, changed)}; it is used as it is", file=sys.stderr)
-    waited_for: Any = None
-    while not (path / "corpus.json").exists():
-        try:
-            with HeartbeatLock(path / "lock.json"):
-                if not (path / "corpus.json").exists():
-                    _make(recipe, geometry, path, progress)
-        except OSError as error:  # a full disk, a folder without permission
-            raise CorpusError(f"corpus {path} cannot be written: {error}; what is done is kept") from error
-        except LockHeldError as held:
-            if waited_for != held.holder:
-                waited_for = held.holder
-                who = f"process {held.holder.get('pid')} on {held.holder.get('host')}"
-                print(f"waiting for {who}, which prepares {path}", file=sys.stderr, flush=True)
-            time.sleep(_POLL_S)
+    alone(path / "lock.json", path, lambda: _make(recipe, geometry, path, progress))
     corpus = Corpus.open(path)
     check_counts(corpus.info["sets"], recipe.data.max_rejected_percent, path)
     return corpus
 
 
+def alone(lock: Path, path: Path, work: Callable[[], None]) -> None:
+    """Work on a corpus under a lock, unless the corpus is complete; waits for whoever holds the lock, and says so.
+
+    Raises:
+        CorpusError: the corpus cannot be written.
+    """
+    waited_for: Any = None
+    while not (path / "corpus.json").exists():
+        try:
+            with HeartbeatLock(lock):
+                if not (path / "corpus.json").exists():
+                    work()
+                return
+        except OSError as error:  # a full disk, a folder without permission
+            raise CorpusError(f"corpus {path} cannot be written: {error}; what is done is kept") from error
+        except LockHeldError as held:
+            if waited_for != held.holder:
+                waited_for = held.holder
+                print(f"waiting for {who(held.holder)}, which prepares {path}", file=sys.stderr, flush=True)
+            time.sleep(_POLL_S)
+
+
+def who(held: dict[str, Any]) -> str:
+    """A lock's holder in words."""
+    return f"process {held.get('pid')} on {held.get('host')}"
+
+
 def is_prepared(recipe: Recipe) -> Path | None:
     """The recipe's corpus, if it is complete."""
-    path = corpus_path(recipe, _geometry(recipe))
+    path = corpus_path(recipe, corpus_geometry(recipe))
     return path if (path / "corpus.json").exists() else None
 
 
 def wait_for_corpus(recipe: Recipe, poll_s: float = 1.0) -> Corpus:
     """The recipe's corpus, once another process has prepared it; looks at one file, and asks nobody."""
-    path = corpus_path(recipe, _geometry(recipe))
+    path = corpus_path(recipe, corpus_geometry(recipe))
     while not (path / "corpus.json").exists():
         time.sleep(poll_s)
     return Corpus.open(path)
@@ -115,52 +132,108 @@ def main(argv: Sequence[str]) -> int:
 # --- the stages -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a corpus is made of: every row listed, the vocabulary, and the pieces to write."""
+
+    listings: dict[str, list[Listing]]
+    vocabulary: Vocabulary
+    unknown: dict[str, int]
+    shards: list[Shard]
+    checks: Callable[[str], RowChecks]
+
+    def noted(self) -> dict[str, Any]:
+        """What the shards of an interrupted prepare must have been made from."""
+        listings = {name: [listing.digest() for listing in group] for name, group in self.listings.items()}
+        return {"listings": listings, "vocabulary": self.vocabulary.to_json()}
+
+
+def list_work(recipe: Recipe, geometry: FrameGeometry) -> Work:
+    """List every source, nothing is decoded yet; the vocabulary is of the training texts, or a given processor's."""
+    listings = _list_sources(recipe)
+    vocabulary, unknown = _vocabulary(recipe, listings["train"])
+    shards = cut(listings, recipe.data.shard_rows)
+    return Work(listings, vocabulary, unknown, shards, _checks(recipe, geometry, vocabulary))
+
+
+def begin(path: Path, work: Work) -> None:
+    """Note what the shards are made from, under the corpus's lock; those that are there are kept only if they agree.
+
+    Rows that were refused because their file was not there are looked at again where it is there now.
+
+    Raises:
+        LockHeldError: another process writes its share of the shards.
+    """
+    for share in path.glob(f"{SHARES}/*.json"):
+        if held := holder(share):
+            raise LockHeldError(share, held)
+    noted, note = work.noted(), path / NOTE
+    if not note.exists() or read_json(note) != noted:
+        for name in work.listings:
+            shutil.rmtree(path / name, ignore_errors=True)
+        write_json(note, noted)
+    for leftover in path.glob("*/.*.tmp"):  # of a worker that was killed
+        leftover.unlink(missing_ok=True)
+    for name in work.listings:
+        for shard in mended_shards(path / name):
+            shard.unlink(missing_ok=True)
+
+
+def missing_shards(path: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """Those that are still to be written."""
+    return [shard for shard in shards if not shard_path(path / shard.set, shard.number).exists()]
+
+
 def _make(recipe: Recipe, geometry: FrameGeometry, path: Path, progress: bool) -> None:
     """Prepare what is missing of a corpus, under its lock."""
-    # 1. List every source; nothing is decoded yet.
-    listings = _list_sources(recipe)
-    # 2. The vocabulary: from the training texts, or a given processor.
-    vocabulary, unknown = _vocabulary(recipe, listings["train"])
-    _begin(path, listings, vocabulary)
-    # 3. Shards, in parallel; those of an interrupted prepare are kept.
-    shards = cut(listings, recipe.data.shard_rows)
-    missing = [shard for shard in shards if not shard_path(path / shard.set, shard.number).exists()]
-    write_shards(path, missing, _checks(recipe, geometry, vocabulary), recipe.data.num_proc, progress)
+    # 1. List every source, and the vocabulary.
+    work = list_work(recipe, geometry)
+    # 2. Shards of an interrupted prepare are kept.
+    begin(path, work)
+    # 3. The others, in parallel.
+    write_shards(path, missing_shards(path, work.shards), work.checks, recipe.data.num_proc, progress)
     # 4. Lengths, counts, refused rows, the report.
-    num_shards = Counter(shard.set for shard in shards)
-    sets = {name: finish_set(path / name, num_shards[name]) for name in listings}
+    num_shards = Counter(shard.set for shard in work.shards)
+    sets = {name: finish_set(path / name, num_shards[name]) for name in work.listings}
     write_rejected(path, num_shards)
-    summary = _write_summary(path, sets, vocabulary, unknown)
+    summary = _write_summary(path, sets, work.vocabulary, work.unknown)
     if progress:
         print(report.render(summary, Console().width))
     check_counts(sets, recipe.data.max_rejected_percent, path)
     # 5. What transformers reads, then the file that makes it a corpus.
-    _save_processor(recipe, vocabulary, path)
+    _save_processor(recipe, work.vocabulary, path)
     identity = corpus_identity(recipe, geometry)
     # a run goes on only with the rows that it began with, whatever became of the manifest meanwhile
-    rows = [listing.digest(("id", "text")) for listing in listings["train"]]
+    rows = [listing.digest(("id", "text")) for listing in work.listings["train"]]
     info = {
         "format": identity["format"],
         "hash": hash_json({**identity, "rows": rows}),
         "identity": identity,
         "sets": sets,
-        "vocabulary": vocabulary.to_json(),
-        "files": _file_stamps(listing for group in listings.values() for listing in group),
+        "vocabulary": work.vocabulary.to_json(),
+        "files": _file_stamps(listing for group in work.listings.values() for listing in group),
         "versions": _versions(),
     }
     write_json(path / "corpus.json", info)
-    for shard in shards:
+    for shard in work.shards:
         rejected_path(path / shard.set, shard.number).unlink(missing_ok=True)
-    (path / "listing.json").unlink(missing_ok=True)
+    (path / NOTE).unlink(missing_ok=True)
+    shutil.rmtree(path / SHARES, ignore_errors=True)
 
 
-def _check_names(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
+    """Refuse names of sets that a corpus has folders for.
+
+    Raises:
+        RecipeError: `train` or `processor` among `eval.sets`.
+    """
     taken = [name for name in recipe.eval.sets if name in ("train", "processor")]
     if taken:
         raise RecipeError(f"eval.sets.{taken[0]}: a corpus has a folder of that name already; choose another")
 
 
-def _geometry(recipe: Recipe) -> FrameGeometry:
+def corpus_geometry(recipe: Recipe) -> FrameGeometry:
+    """The frames of a recipe's model, which decide what can be aligned."""
     from asr_train.model_config import frame_geometry, load_model_config  # noqa: PLC0415 - transformers takes seconds
 
     return frame_geometry(load_model_config(recipe.model, recipe.trust_remote_code))
@@ -230,21 +303,6 @@ def _given_vocabulary(recipe: Recipe) -> Vocabulary:
             "or remove"
         )
     return vocabulary
-
-
-def _begin(path: Path, listings: dict[str, list[Listing]], vocabulary: Vocabulary) -> None:
-    """Note what the shards are made from; shards of an interrupted prepare are kept only if they agree."""
-    noted = {
-        "listings": {name: [listing.digest() for listing in group] for name, group in listings.items()},
-        "vocabulary": vocabulary.to_json(),
-    }
-    note = path / "listing.json"
-    if not note.exists() or read_json(note) != noted:
-        for name in listings:
-            shutil.rmtree(path / name, ignore_errors=True)
-        write_json(note, noted)
-    for leftover in path.glob("*/.*.tmp"):  # of a worker that was killed
-        leftover.unlink(missing_ok=True)
 
 
 def _checks(recipe: Recipe, geometry: FrameGeometry, vocabulary: Vocabulary) -> Callable[[str], RowChecks]:

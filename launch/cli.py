@@ -11,20 +11,27 @@ from asr_train.errors import EXIT_DONE, RecipeError, run_main
 
 
 class Verb(NamedTuple):
-    """Where a verb lives, and what it does in one line. Verbs of `asr_train` need torch and run in a child process."""
+    """Where a verb lives, and what it does in one line. Verbs of `asr_train` need torch and run in a child process.
+
+    With --cluster, `on_cluster` runs in its place.
+    """
 
     target: str
     meaning: str
+    on_cluster: str | None = None
 
 
 VERBS = {
     "show": Verb("launch.show:main", "print a recipe, every field with its meaning"),
-    "prepare": Verb("asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed"),
+    "prepare": Verb(
+        "asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed", "launch.prepare_array:main"
+    ),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
     "submit": Verb("launch.submit:main", "train on a Slurm cluster; the same command again says which job does"),
     "plan": Verb("launch.plan:main", "what a job would be, cost, and when it would start; touches nothing"),
     "doctor": Verb("launch.doctor:main", "what a Slurm cluster can do, and what that means for runs there"),
     "retry": Verb("launch.submit:retry", "another job for a run that failed, as it was submitted"),
+    "sweep": Verb("launch.sweep:main", "a run for every combination of values, listed with their best WER"),
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
     "why": Verb("launch.status:why", "why the last attempt of a run ended, with the evidence"),
@@ -35,9 +42,13 @@ VERBS = {
     "reconcile": Verb("launch.reconcile:main", "look after runs whose jobs are gone; says what, --act does it"),
     "nodes": Verb("launch.nodes:main", "which nodes of a cluster jobs are kept off, why, until when; add, remove"),
     "checkpoints": Verb("launch.checkpoints:main", "a run's checkpoints: which are whole, which one it goes on from"),
-    "evaluate": Verb("asr_train.evaluate:main", "WER and CER of a run or a model on a data set"),
+    "evaluate": Verb(
+        "asr_train.evaluate:main", "WER and CER of a run or a model on a data set", "launch.remote:evaluate"
+    ),
     "export": Verb("asr_train.export:main", "make a model folder that transformers loads"),
-    "transcribe": Verb("asr_train.transcribe:main", "audio files in; text, word times or subtitles out"),
+    "transcribe": Verb(
+        "asr_train.transcribe:main", "audio files in; text, word times or subtitles out", "launch.remote:transcribe"
+    ),
 }
 
 HELP = (
@@ -68,11 +79,16 @@ def _dispatch(arguments: Sequence[str], debug: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
         raise RecipeError(f"no verb {name!r}; {hint}")
-    module, _, function = VERBS[name].target.partition(":")
+    verb = VERBS[name]
+    is_on_cluster = any(word.partition("=")[0] == "--cluster" for word in rest)
+    module, _, function = ((is_on_cluster and verb.on_cluster) or verb.target).partition(":")
     if module.startswith("asr_train."):
         from launch.child import run_child  # noqa: PLC0415 - `--help` needs none of it
 
-        return run_child([sys.executable, "-m", module, *rest, *debug]).exit_code
+        exit_code = run_child([sys.executable, "-m", module, *rest, *debug]).exit_code
+        if verb.on_cluster and {"-h", "--help"} & set(rest):
+            print(f"\nAs a job: `wavefleet {name} --cluster P --help`")
+        return exit_code
     program: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
     return program([*rest, *debug])
 

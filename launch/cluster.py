@@ -65,6 +65,12 @@ def load_cluster(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Clu
     return _absolute(decode(_CLUSTER, Cluster, values, str(path), problems, _contradictions))
 
 
+def split_changes(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What `key=value` words change of the recipe, and of the profile: `cluster.key=value`."""
+    recipe = [text for text in overrides if not text.startswith("cluster.")]
+    return recipe, [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+
+
 def site_folder(cluster: Cluster, name: str) -> Path:
     """Where what is learned of a cluster is kept for all its runs: excluded nodes, what `doctor` found."""
     return Path(cluster.shared or "~/.wavefleet").expanduser() / Path(name).stem

@@ -4,14 +4,16 @@ submitit's own text is used, so that a dry run shows what a submission sends. Wh
 quotes values for a shell, while sbatch reads its #SBATCH lines by other rules, and Slurm expands % in paths.
 """
 
+import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asr_train.errors import RecipeError
+from asr_train.errors import RecipeError, say
 from launch.cluster import environment
 from launch.cluster_config import Cluster, line_problem
 
@@ -116,6 +118,19 @@ def python_command(cluster: Cluster) -> str:
     gpus = ["--nv"] if cluster.gpus_per_node else []
     mounts = [word for mount in container.mounts for word in ("--bind", mount)]
     return shlex.join(["apptainer", "exec", *gpus, *mounts, *container.extra, str(container.image), python])
+
+
+@contextmanager
+def without_slurm_variables() -> Iterator[None]:
+    """Those of a shell would win over the profile, silently; those of a job would reach the next one."""
+    ours = [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF"]
+    removed = {name: os.environ.pop(name) for name in ours}
+    for name in [name for name in removed if name.startswith("SBATCH_")]:
+        say(f"{name}={removed[name]} of your shell is left out; set it in the profile")
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
 
 
 def _gres(cluster: Cluster) -> str | None:

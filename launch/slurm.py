@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -235,6 +236,29 @@ def jobs_with_comment(comment: str) -> list[str]:
     """Ids of our live jobs with a comment."""
     lines = run("squeue", "--noheader", "--me", "--format=%i|%k").splitlines()
     return [job for line in lines for job, _, text in [line.strip().partition("|")] if text == comment]
+
+
+def live_jobs(job_ids: Sequence[str]) -> dict[str, Counter[str]]:
+    """Those of some jobs or arrays that are live, and how many of their tasks are in which state."""
+    if not job_ids:
+        return {}
+    try:
+        out = run("squeue", "--noheader", "--array", f"--jobs={','.join(job_ids)}", "--format=%F|%T")
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return {}
+    found: dict[str, Counter[str]] = {}
+    for line in out.split():
+        job_id, _, state = line.partition("|")
+        found.setdefault(job_id, Counter())[state] += 1
+    return found
+
+
+def max_array_size() -> int:
+    """How many tasks an array may have here."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
+    return int(found[1]) if found else 1
 
 
 def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from asr_train import checkpoints, lock
 from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
-from launch import slurm
+from launch import slurm, then
 from launch.collect import evidence
 from launch.evidence import where
 from launch.outcome import judge
@@ -144,6 +144,7 @@ def describe(run: RunDir) -> dict[str, Any]:
         "audio_s_per_s": last.get("audio_s_per_s"),
         "left_s": left_s,
         "checkpoint": saved[-1].name if saved else None,
+        "then": then.shown(run),
         "slurm_problem": problem,
     }
 

@@ -5,12 +5,9 @@ comment names the run, and the next call adopts it.
 """
 
 import argparse
-import os
 import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,14 @@ from asr_train.config import Recipe
 from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import read_json, write_json
-from asr_train.recipe import load_recipe, on_hub, run_directory
+from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import exclusions, signal_lead, slurm, snapshot
-from launch.child import run_child
-from launch.cluster import environment, load_cluster
+from launch import exclusions, hub_cache, signal_lead, slurm, snapshot, then
+from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
 from launch.findings import continuation, findings
 from launch.runs import open_run
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
 from launch.settings import JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import retried
@@ -49,6 +45,18 @@ class Submission:
     code: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the command line asks for besides recipe and profile; see its help."""
+
+    retry: bool = False
+    force: bool = False
+    allow_change: bool = False
+    update_code: bool = False
+    fetch: bool = True  # from the hub, into the profile's cache
+    followers: tuple[str, ...] = ()
+
+
 def main(argv: Sequence[str]) -> int:
     """Submit a training, or say which job does it already."""
     options = _parser().parse_intermixed_args(argv)
@@ -63,40 +71,47 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(text(run, recipe, cluster), end="")
         return EXIT_DONE
-    run.make()
-    if live := live_job(run):
-        print(f"{run.path}: job {live[0].job_id} is {live[1].state} already")
-        return EXIT_DONE
-    check_may_start(run, retry=options.retry, force=options.force)
-    run.claim(recipe, allow_change=options.allow_change)
-    if options.force:
-        run.done.unlink(missing_ok=True)
-    if options.retry:
-        retried(run)
-    settings = JobSettings(
-        code=_code(run, renew=options.update_code),
-        cluster_name=options.cluster,
-        cluster=cluster,
-        continuation=continuation(cluster, findings(cluster, options.cluster)),
+    wishes = Wishes(
+        retry=options.retry,
+        force=options.force,
+        allow_change=options.allow_change,
+        update_code=options.update_code,
+        followers=then.read_verbs(options.then) if options.then is not None else (),
     )
-    _fetch(run, recipe, cluster)
-    submission = submit(run, settings)
-    print(f"{run.path}: submitted as job {submission.job_id}")
+    print(start(run, recipe, cluster, options.cluster, wishes))
     return EXIT_DONE
 
 
-def _fetch(run: RunDir, recipe: Recipe, cluster: Cluster) -> None:
-    """Fill the profile's cache with what the recipe names on the hub, for jobs read from there alone.
+def start(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, wishes: Wishes) -> str:
+    """Have a run trained by a job, unless one does already; what happened, in a line.
 
     Raises:
-        RunError: it could not be had.
+        RunError: it is done, failed, trained elsewhere or of another recipe, and that was not asked for.
+        SlurmError: Slurm does not answer, or refused.
     """
-    if cluster.cache is None or not any(on_hub(recipe)):
-        return
-    command = [sys.executable, "-m", "asr_train.fetch", str(run.path / "recipe.yaml")]
-    online = {name: value for name, value in environment(cluster).items() if name != "HF_HUB_OFFLINE"}
-    if run_child(command, env={**os.environ, **online}).exit_code != EXIT_DONE:
-        raise RunError(f"{cluster.cache} could not be filled, and jobs read from nowhere else; see above")
+    run.make()
+    if live := live_job(run):
+        if wishes.followers:
+            then.ask(run, wishes.followers)
+        then.chain(run, JobSettings.read(run), live[0].job_id)
+        return f"{run.path}: job {live[0].job_id} is {live[1].state} already"
+    check_may_start(run, retry=wishes.retry, force=wishes.force)
+    run.claim(recipe, allow_change=wishes.allow_change)
+    if wishes.force:
+        run.done.unlink(missing_ok=True)
+    if wishes.retry:
+        retried(run)
+    if wishes.followers:
+        then.ask(run, wishes.followers)
+    settings = JobSettings(
+        code=_code(run, renew=wishes.update_code),
+        cluster_name=cluster_name,
+        cluster=cluster,
+        continuation=continuation(cluster, findings(cluster, cluster_name)),
+    )
+    if wishes.fetch:
+        hub_cache.fill([str(run.path / "recipe.yaml")], recipe, cluster)
+    return f"{run.path}: submitted as job {submit(run, settings).job_id}"
 
 
 def retry(argv: Sequence[str]) -> int:
@@ -119,8 +134,7 @@ def retry(argv: Sequence[str]) -> int:
 
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What the command line changes of the recipe, and of the profile."""
-    recipe = [text for text in options.overrides if not text.startswith("cluster.")]
-    cluster = [text.removeprefix("cluster.") for text in options.overrides if text.startswith("cluster.")]
+    recipe, cluster = split_changes(options.overrides)
     return recipe, cluster + ([] if options.nodes is None else [f"nodes={options.nodes}"])
 
 
@@ -155,12 +169,17 @@ def submit(
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
     executor = submitit.SlurmExecutor(folder, python=python_command(cluster))
     executor.update_parameters(**parameters)
-    with _without_slurm_variables():
+    with without_slurm_variables():
         try:
             job = executor.submit(Task("launch.node_agent", str(run.path)))
         except submitit.core.utils.FailedJobError as error:
             raise SlurmError(f"Slurm refused the job: {error}") from None
-    return _note(run, str(job.job_id), settings)
+    submission = _note(run, str(job.job_id), settings)
+    try:
+        then.chain(run, settings, submission.job_id)
+    except SlurmError as error:  # the run's own job is there
+        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
+    return submission
 
 
 def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
@@ -170,19 +189,6 @@ def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
     if found:
         say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
     return sorted({*exclude, *found})
-
-
-@contextmanager
-def _without_slurm_variables() -> Iterator[None]:
-    """Those of a shell would win over the profile, silently; those of a job would reach the next one."""
-    ours = [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF"]
-    removed = {name: os.environ.pop(name) for name in ours}
-    for name in [name for name in removed if name.startswith("SBATCH_")]:
-        say(f"{name}={removed[name]} of your shell is left out; set it in the profile")
-    try:
-        yield
-    finally:
-        os.environ.update(removed)
 
 
 def submissions(run: RunDir) -> list[Submission]:
@@ -323,6 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")
     parser.add_argument("--force", action="store_true", help="go on with a run that is done")
+    parser.add_argument("--then", metavar="VERB,VERB", help="what follows when the run is done: evaluate, export")
     parser.add_argument("--allow-change", action="store_true", help="go on with a run that another recipe started")
     parser.add_argument("--update-code", action="store_true", help="copy today's code, in place of the run's own")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -8,8 +8,8 @@ import pytest
 
 from asr_train import resources
 from asr_train.recipe import load_recipe, walk
-from launch import cli, local, plan, submit
-from launch.cluster import load_cluster
+from launch import cli, local, plan, prepare_array, submit, sweep
+from launch.cluster import load_cluster, split_changes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,7 +62,15 @@ def test_every_wavefleet_command_is_one():
     assert len(found) >= 5
     for page, (_, verb, *rest) in found:
         assert verb in cli.VERBS, page
-        if verb in ("show", "prepare", "train"):
+        if verb == "prepare" and "--cluster" in rest:
+            options = prepare_array._parser().parse_intermixed_args(rest)
+            overrides, changes = split_changes(options.overrides)
+            load_recipe(options.recipe, overrides)
+            load_cluster(options.cluster, changes)
+        elif verb == "sweep":
+            options = sweep._parser().parse_intermixed_args(rest)
+            assert len(sweep.combinations(options.recipe, split_changes(options.overrides)[0])) > 1
+        elif verb in ("show", "prepare", "train"):
             options = local._parser().parse_intermixed_args(rest)
             load_recipe(options.recipe, options.overrides)
         if verb in ("submit", "plan"):

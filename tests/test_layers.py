@@ -23,7 +23,8 @@ LAYERS = (
     data.shards data.shard_pool data.summary data.finish data.corpus data.stage
     data.spec_augment data.batch data.loader""",
     "model_config speech_model model strategy live_state checkpoint restore score",
-    "loop prepare fetch samples train trained selfcheck eval_data evaluate model_card export transcribe __main__",
+    """loop prepare prepare_share fetch samples train trained selfcheck eval_data evaluate model_card export transcribe
+    __main__""",
 )
 LAYER_OF = {
     f"asr_train.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names.split()

@@ -18,6 +18,7 @@ _FULL_SCALE = (
 _SILENCE_SPAN = 6  # +-3 of 32768, -80 dBFS: dithered digital silence
 _STREAMED_SIZE = 0x7FFF_0000  # programs that write WAV to a pipe put a size at or over this into the header
 _MP3_MISSING_S, _MP3_MISSING_SHARE = 0.25, 0.02  # without a Xing header mpg123 only estimates a length
+MISSING_FILE = "missing file"  # a refusal that may be mended while a corpus is being prepared
 _SEGMENT_SLACK_S = 0.1  # manifests round their durations
 
 
@@ -100,7 +101,7 @@ def _read(audio: Path | bytes, offset_s: float | None, duration_s: float | None)
     """Decoded samples, float32 [num_samples, num_channels], and their rate."""
     try:
         if isinstance(audio, Path) and not audio.is_file():
-            raise AudioError("missing file", str(audio))
+            raise AudioError(MISSING_FILE, str(audio))
         with audio.open("rb") if isinstance(audio, Path) else io.BytesIO(audio) as stream:
             if cut := _cut_short(stream):
                 raise AudioError("truncated audio", cut)

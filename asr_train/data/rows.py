@@ -78,7 +78,7 @@ class NoAudio:
 
     def load(self) -> npt.NDArray[np.int16]:
         """See `AudioRef`."""
-        raise audio.AudioError("missing file", self.value)
+        raise audio.AudioError(audio.MISSING_FILE, self.value)
 
 
 @dataclass(frozen=True)

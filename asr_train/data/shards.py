@@ -15,11 +15,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from asr_train.config import TextSettings
-from asr_train.data.audio import AudioError, is_silent, to_flac
+from asr_train.data.audio import MISSING_FILE, AudioError, is_silent, to_flac
 from asr_train.data.corpus import SCHEMA, shard_path
 from asr_train.data.rows import Row
 from asr_train.data.text import Normaliser, Vocabulary
-from asr_train.files import atomic_file
+from asr_train.files import atomic_file, read_jsonl
 from asr_train.geometry import SAMPLE_RATE, FrameGeometry, ctc_min_frames
 
 _BATCH_BYTES = 32 * 2**20  # audio of one record batch, and so about what a worker holds in memory
@@ -92,6 +92,16 @@ def write_shard(folder: Path, number: int, first_row: int, rows: Sequence[Row], 
 def rejected_path(folder: Path, number: int) -> Path:
     """File with the refused rows of a shard, until the corpus is complete."""
     return folder / f"shard-{number:05d}.rejected.jsonl"
+
+
+def mended_shards(folder: Path) -> list[Path]:
+    """Shards with a row that was refused because its file was not there, and the file is there now."""
+    found = []
+    for path in sorted(folder.glob("shard-*.rejected.jsonl")):
+        gone = (entry["value"] for entry in read_jsonl(path) if entry["reason"] == MISSING_FILE)
+        if any(Path(value).is_file() for value in gone):
+            found.append(path.with_name(path.name.removesuffix(".rejected.jsonl") + ".arrow"))
+    return found
 
 
 def end_with_parent(stop: Connection) -> None:

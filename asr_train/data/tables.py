@@ -47,7 +47,7 @@ def load_cell(cell: Any, check: PathCheck) -> npt.NDArray[np.int16]:
     if isinstance(data, bytes):
         return audio.decode(data)
     if not isinstance(name, str):
-        raise audio.AudioError("missing file", "neither bytes nor a path")
+        raise audio.AudioError(audio.MISSING_FILE, "neither bytes nor a path")
     path, problem = check(name)
     if problem is not None:
         raise audio.AudioError("path outside its root", problem)
