@@ -121,7 +121,7 @@ def test_a_node_is_not_excluded_where_too_few_others_are_left(cluster, profile, 
 
 def test_a_successor_is_kept_off_the_node_too(cluster, profile, recipe_file, tmp_path):
     """Where another job goes on in place of the same one."""
-    bad = profile('preflight: \'test "$SLURMD_NODENAME" != n2\'', "continuation: successor")
+    bad = profile("preflight: 'test \"$SLURMD_NODENAME\" != n2'", "continuation: successor")
     folder = tmp_path / "run"
     job = submitted(cluster, bad, recipe_file, folder)
     wait_until(cluster, folder, lambda found: found["job_id"] != job)
