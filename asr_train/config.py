@@ -255,6 +255,14 @@ class LimitSettings(_Strict):
     max_skipped_steps: Count = setting("skipped non-finite steps in a row that end the run", 10, defines_run=False)
     max_time_s: Positive | None = setting("seconds after which an attempt saves and stops; null never does", None,
                                           defines_run=False)  # fmt: skip
+    start_s: Positive = setting("seconds without a sign of life, before the first step, that make a hang", 1800.0,
+                                defines_run=False)  # fmt: skip
+    step_s: Positive | None = setting(
+        "the same in a later step; null is 20 times the attempt's usual step, and 300 at least", None, defines_run=False
+    )
+    checkpoint_s: Positive = setting("the same while a checkpoint is written, and at the end", 1800.0,
+                                     defines_run=False)  # fmt: skip
+    evaluation_s: Positive = setting("the same while one set is evaluated", 3600.0, defines_run=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from asr_train.files import append_jsonl
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.loss import ctc_losses
 from asr_train.optim import apply_schedule
+from asr_train.phase import PhaseFile
 from asr_train.progress import TrainingProgress
 from asr_train.recipe import parse_cadence
 from asr_train.run_dir import RunDir
@@ -54,6 +55,7 @@ class Job:
     saver: Saver
     stop: StopFlag
     requests: Requests | None  # rank 0's
+    phase: PhaseFile
 
     @property
     def is_main(self) -> bool:
@@ -94,6 +96,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
                 break
 
             # 2. Forward and backward, unit by unit; dropout and masks belong to the unit, not to the rank.
+            job.phase.show("step", state.step + 1)
             epoch, step = state.position(plan.steps_per_epoch)
             num_utterances = plan.num_utterances_in(epoch, step)
             parallel.module.transformer_frozen = state.step < recipe.model.freeze_transformer_steps
@@ -109,6 +112,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             done: list[_Done] = []
             while not (done and done[-1].turn.is_last):
                 turn, batch = clock.wait_for(turns)
+                job.phase.show("step", state.step + 1)
                 assert (turn.epoch, turn.step) == (epoch, step), f"the loader is at {turn}, not at {(epoch, step)}"
                 losses = _forward(job, turn, batch.to(parallel.device, non_blocking=True), totals, num_utterances)
                 done.append(_Done(turn, batch.ids, losses))
@@ -158,6 +162,7 @@ class _Saves:
             TrainingError: too many in a row failed, or the last one did.
         """
         job, state = self._job, self._state
+        job.phase.show("checkpoint", state.step)
         job.saver.wait()  # from here on all ranks know how the one before ended
         self.report(progress)
         self._give_up(job.recipe.checkpoint.max_failed_saves)
@@ -375,6 +380,8 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
     best_metric = recipe.eval.best or f"{next(iter(recipe.eval.sets))}/wer"
     is_best = False
     for name in recipe.eval.sets:
+        job.phase.show("evaluation", state.step)
+        start = time.monotonic()
         rows = job.run.evaluation(state.step, name)
         score = evaluate_set(
             job.parallel.model,
@@ -396,7 +403,7 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
         values = score.to_json()
         del values["confusions"]  # they can be counted from the rows, and make a long line
         line = {"step": state.step, "set": name, **values}
-        job.log(line)
+        job.log({**line, "seconds": time.monotonic() - start})
         job.parallel.accelerator.log({f"{name}/wer": score.wer, f"{name}/cer": score.cer}, step=state.step)
         progress.score(name, line)
         if best_metric.partition("/")[0] == name:

@@ -20,6 +20,7 @@ from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan, PlanSettings, check_world_size
+from asr_train.data.stage import on_this_node
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
 from asr_train.estimate import quadratic_share
 from asr_train.live_state import create_state
@@ -27,6 +28,7 @@ from asr_train.lock import LockHeldError
 from asr_train.loop import Job, fit
 from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
 from asr_train.optim import build_optimizer
+from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
 from asr_train.restore import choose, restore
@@ -55,6 +57,8 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
         WavefleetError: whatever keeps it from training, written for the user.
     """
     follow_launcher()
+    phase = PhaseFile.from_environment(os.environ)
+    phase.show("start")
     stop = StopFlag()
     run = RunDir(run_directory(recipe))
     rank = int(os.environ.get("RANK", "0"))
@@ -77,7 +81,7 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
         facts = {"world_size": world_size, "recipe_hash": recipe_hash(recipe)}
         attempt = [run.start_attempt(facts)] if rank == 0 else []
         try:
-            status, step = _attempt(recipe, run, attempt, stop, requests)
+            status, step = _attempt(recipe, run, attempt, stop, requests, phase)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -98,7 +102,7 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
 
 
 def _attempt(
-    recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag, requests: Requests | None
+    recipe: Recipe, run: RunDir, attempt: list[int], stop: StopFlag, requests: Requests | None, phase: PhaseFile
 ) -> tuple[str, int]:
     """One life of the run; how it ended, `done` or `stopped`, and at which step."""
     is_main = bool(attempt)
@@ -110,7 +114,7 @@ def _attempt(
     # 1. Data: prepared by one process, while the others wait on a file, not in a collective.
     strategy.check_environment(recipe)
     check_world_size(recipe.units_per_step, int(os.environ.get("WORLD_SIZE", "1")), recipe.allow_idle_ranks)
-    corpus = prepare(recipe) if is_main else wait_for_corpus(recipe)
+    corpus = _corpus(recipe, phase, is_main=is_main)
     check_metrics(recipe.eval.metrics, trust_remote_code=recipe.trust_remote_code)
 
     # 2. Model; made before accelerate is, whose ZeRO-3 would have transformers make it in pieces. Its weights are
@@ -182,6 +186,7 @@ def _attempt(
         saver=saver,
         stop=stop,
         requests=requests,
+        phase=phase,
     )
     first_line = {
         "event": "restored" if newest else "started", "step": state.step, **facts, "tf32": recipe.tf32,
@@ -198,8 +203,17 @@ def _attempt(
     try:
         return fit(job, state, is_saved=newest is not None), state.step
     finally:
+        phase.show("end", state.step)
         saver.close()
         accelerator.end_training()
+
+
+def _corpus(recipe: Recipe, phase: PhaseFile, *, is_main: bool) -> Corpus:
+    """The prepared data; a phase of its own, for it takes as long as the data is large."""
+    phase.show("prepare")
+    corpus = on_this_node(prepare(recipe) if is_main else wait_for_corpus(recipe), say)
+    phase.show("start")
+    return corpus
 
 
 def _facts(recipe: Recipe, run: RunDir, corpus: Corpus, plan: Plan, parallel: Parallel, attempt: int) -> dict[str, Any]:

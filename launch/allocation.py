@@ -9,7 +9,7 @@ import psutil
 
 import asr_train
 from asr_train.config import Recipe
-from asr_train.data.plan import check_world_size
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import say
 from asr_train.run_dir import RunDir
 from launch import cluster as profiles

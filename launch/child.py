@@ -122,7 +122,7 @@ def run_child(
             env=None if env is None else dict(env),
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=_at_start(shielded=receivers is nobody),  # noqa: PLW1509 - this program has one thread
+            preexec_fn=at_start(shielded=receivers is nobody),  # noqa: PLW1509 - this program has one thread
         )
         child = psutil.Process(process.pid)
         while True:
@@ -141,7 +141,7 @@ def run_child(
                             receiver.send_signal(number)
 
 
-def _at_start(*, shielded: bool) -> Callable[[], None]:
+def at_start(*, shielded: bool) -> Callable[[], None]:
     """What the child runs before its program: it is to hear of our death (Linux only)."""
     # looked up here: after the fork as little as possible should happen
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None

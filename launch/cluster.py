@@ -154,15 +154,17 @@ def _flag_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _setup_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with lines of shell: those of the job, and those that every node runs."""
     found = []
-    lines = as_list(values.get("setup"))
-    for index, line in enumerate(lines if isinstance(lines, list) else ()):
-        text = str(line)
+    lines = [(field, as_list(values.get(field))) for field in ("setup", "preflight")]
+    given = [(field, index, str(line)) for field, many in lines if isinstance(many, list)
+             for index, line in enumerate(many)]  # fmt: skip
+    for field, index, text in given:
         if re.search(r"^\s*#SBATCH", text, re.MULTILINE):
-            found.append(f"setup.{index}: {text!r}: sbatch does not read options here; use the field sbatch")
+            found.append(f"{field}.{index}: {text!r}: sbatch does not read options here; use the field sbatch")
         for name in _ASSIGNED.findall(text):
             if _SECRET.search(name):
-                found.append(f"setup.{index}: {name} looks like a secret; {_SECRETS_TRAVEL}")
+                found.append(f"{field}.{index}: {name} looks like a secret; {_SECRETS_TRAVEL}")
     return found
 
 
@@ -173,6 +175,8 @@ def _contradictions(cluster: Cluster) -> list[str]:
         found.append(f"signal_lead_s: {cluster.signal_lead_s}: should be under the time, {cluster.time * 60} s")
     if cluster.gpu_type is not None and cluster.gpus_per_node == 0:
         found.append(f"gpu_type: {cluster.gpu_type!r}: gpus_per_node is 0")
+    if cluster.gpu_memory is not None and cluster.gpus_per_node == 0:
+        found.append(f"gpu_memory: {cluster.gpu_memory!r}: gpus_per_node is 0")
     if cluster.gpus_per_node and cluster.num_processes > cluster.gpus_per_node:
         found.append(f"processes_per_node: {cluster.num_processes}: gpus_per_node is {cluster.gpus_per_node}")
     if cluster.num_processes > cluster.cpus_per_node:

@@ -45,6 +45,12 @@ def _with_unit(value: str) -> str:
     return value
 
 
+def as_bytes(memory: str | None) -> int:
+    """Bytes of `80G`, in powers of 1024 as Slurm counts; 0 for None."""
+    units = {unit: 1024**power for power, unit in enumerate("KMGT", start=1)}
+    return 0 if memory is None else int(memory.rstrip("KMGT")) * units.get(memory[-1], 1)
+
+
 def _flag_value(value: Any) -> str | bool:
     text = value if value is True or value is False else _as_text(value)
     if text is not True and not isinstance(text, str):
@@ -108,6 +114,7 @@ class Cluster(_Strict):
     nodes: Count = setting("nodes a job", 1)
     gpus_per_node: CountOrZero = setting("GPUs a node; 0 is CPU nodes")
     gpu_type: GpuType | None = setting("type of GPU, as the cluster's gres names it, `a100` say", None)
+    gpu_memory: Memory | None = setting("least memory of a GPU, `80G` say; a node with less trains nothing", None)
     cpus_per_node: Count = setting("CPUs a node")
     memory: Memory | None = setting(
         "memory a node with its unit, `64G` say; 0 is all; null the cluster's default", None
@@ -121,6 +128,10 @@ class Cluster(_Strict):
     environment: dict[str, Value] = setting("variables for every process, taken literally; never secrets", {})
     cache: Text | None = setting(
         "Hugging Face folder with the models and data that jobs read, offline; null leaves jobs online", None
+    )
+    preflight: Lines = setting("shell lines on each node before training; where one fails, the node trains nothing", ())
+    stage_corpus_to: Text | None = setting(
+        "folder of each node that the corpus is copied to, `$TMPDIR` say, which the node fills in", None
     )
     srun: Texts = setting("further srun arguments, each as --name or --name=value", ())
     sbatch: dict[str, FlagValue] = setting("further sbatch options, name: value; true for one without a value", {})

@@ -3,13 +3,19 @@
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from asr_train import checkpoints
+from asr_train.errors import say
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir
+from launch import exclusions, hang, slurm
 from launch.outcome import judge
+from launch.settings import JobSettings, settings_file
+from launch.slurm import SlurmError
 from launch.starts import Start, history, write_verdict
 from launch.verdict import Evidence, NodeReport, Policy, Verdict
 
@@ -29,9 +35,33 @@ def conclude(
         wait_s: how long to wait for nodes that have not said how they ended.
         policy: how often to try.
     """
-    verdict = judge(evidence(run, start, slurm_state=slurm_state, wait_s=wait_s), history(run), policy)
+    verdict = judged(run, start, slurm_state=slurm_state, wait_s=wait_s, policy=policy)
     write_verdict(run, start, verdict)
+    if verdict.exclude_hosts and (settings := _job_settings(run, start)) is not None:
+        try:
+            exclusions.add(settings.site, exclusions.of_verdict(verdict, run.path))
+        except OSError as error:  # the next job of this run avoids them all the same
+            say(f"other runs will not know of the excluded nodes: {error}")
     return verdict
+
+
+def judged(
+    run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0, policy: Policy = DEFAULT_POLICY
+) -> Verdict:
+    """The verdict on a start that ended, written nowhere; see `conclude`."""
+    found = evidence(run, start, slurm_state=slurm_state, wait_s=wait_s)
+    if (settings := _job_settings(run, start)) is not None:
+        excluded = exclusions.live(settings.site)
+        found = replace(found, excluded_hosts=tuple(node.host for node in excluded))
+        with suppress(SlurmError):  # else a job that finds too few nodes left is refused when it is put into the queue
+            partition = settings.cluster.partition or slurm.default_partition()
+            policy = exclusions.policy(policy, excluded, slurm.node_states(partition), settings.cluster.nodes)
+    return judge(found, history(run), policy)
+
+
+def _job_settings(run: RunDir, start: Start) -> JobSettings | None:
+    """Of the cluster that a start ran on; None without one."""
+    return JobSettings.read(run) if start.job_id is not None and settings_file(run).exists() else None
 
 
 def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0) -> Evidence:
@@ -50,21 +80,27 @@ def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_
         ranks=run.outcomes(attempt) if attempt is not None else {},
         nodes={host: _node(run, start, node, reports.get(node)) for node, host in enumerate(start.hosts)},
         slurm_state=slurm_state,
+        down_hosts=tuple(slurm.unusable(start.hosts)) if start.job_id is not None else (),
         stop_reason=first.get("stopped_by"),
         stop_time=first.get("stop_time"),
         resumed_step=_step(record.get("resumed_from")),
         committed_step=_step(record.get("committed")),
         last_step=max((line["step"] for line in lines if "step" in line), default=None),
         is_done=run.done.exists(),
+        hang=hang.found(start.hangs(run)),
         tails={rank: tail for rank in range(num_ranks) if (tail := _tail(run, start, rank))},
         utterances=tuple(skipped[-1]["ids"]) if skipped else (),
     )
 
 
 def _node(run: RunDir, start: Start, node: int, report: Mapping[str, Any] | None) -> NodeReport:
+    said = report or {}
     return NodeReport(
+        preflight=said.get("preflight"),
         reported=report is not None,
-        exit_code=None if report is None else report["exit_code"],
+        exit_code=said.get("exit_code"),
+        hardware=said.get("hardware"),
+        network=said.get("network"),
         ranks=tuple(start.ranks(node)),
         tail=_agent_output(run, start, node),
     )

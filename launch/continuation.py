@@ -9,7 +9,7 @@ from launch import slurm
 from launch.child import Signals
 from launch.settings import JobSettings
 from launch.slurm import SlurmError
-from launch.submit import submit
+from launch.submit import avoided, submit
 from launch.verdict import Verdict
 
 _PATIENCE_S = 600.0  # for a controller that does not answer
@@ -32,7 +32,7 @@ def go_on(run: RunDir, settings: JobSettings, job_id: str, verdict: Verdict, sig
 
     def requeue() -> None:
         if slurm.job_state(job_id).state == "RUNNING":  # else Slurm has put it back by itself, or ended it
-            slurm.requeue(job_id, exclude=exclude, begin_in_s=verdict.wait_s)
+            slurm.requeue(job_id, exclude=avoided(settings, exclude), begin_in_s=verdict.wait_s)
 
     def successor() -> None:
         new = submit(run, settings, exclude=exclude, after=job_id, begin_in_s=verdict.wait_s)

@@ -11,9 +11,14 @@ def num_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """NVIDIA GPUs that torch would see: those of the driver, less what CUDA_VISIBLE_DEVICES hides."""
     if environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return 0
+    return len(visible_gpus(environ))
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """UUIDs of the driver's GPUs that CUDA_VISIBLE_DEVICES does not hide; slices of a GPU under their own."""
     installed = _installed_gpus()
     visible = environ.get("CUDA_VISIBLE_DEVICES")
-    return len(installed) if visible is None else _num_visible(visible, installed)
+    return installed if visible is None else _visible(visible, installed)
 
 
 def torch_is_cpu_build() -> bool:
@@ -39,9 +44,9 @@ def _installed_gpus() -> list[str]:
         pynvml.nvmlShutdown()
 
 
-def _num_visible(visible: str, installed: list[str]) -> int:
-    """How many of the list are real; as in CUDA, the first that is not ends it, and so does one named twice."""
-    seen: set[str] = set()
+def _visible(visible: str, installed: list[str]) -> list[str]:
+    """Those of the list that are real; as in CUDA, the first that is not ends it, and so does one named twice."""
+    seen: list[str] = []
     for name in (part.strip() for part in visible.split(",")):
         if name.isdigit() and int(name) < len(installed):
             uuid = installed[int(name)]
@@ -51,5 +56,5 @@ def _num_visible(visible: str, installed: list[str]) -> int:
             uuid = next((known for known in installed if name and known.startswith(name)), "")
         if not uuid or uuid in seen:
             break
-        seen.add(uuid)
-    return len(seen)
+        seen.append(uuid)
+    return seen

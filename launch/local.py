@@ -14,6 +14,7 @@ from asr_train.run_dir import START, RunDir, locked_message
 from launch import allocation
 from launch.child import Ended, Signals, run_child, workers
 from launch.collect import conclude
+from launch.hang import HangWatch
 from launch.notify import notify
 from launch.placement import Placement, place
 from launch.starts import Start, next_local, retried
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
                 time=time.time(),
             )
             start.write(run)
-            ended = _train(run, start, placement, [options.recipe, *options.overrides, *switches], signals)
+            with HangWatch(start.ranks(0), recipe.limits, start.hangs(run)) as watch:
+                ended = _train(run, start, placement, [options.recipe, *options.overrides, *switches], signals, watch)
             if start.attempt(run) is None and not run.done.exists():
                 return _never_began(ended)
             verdict = conclude(run, start, policy=_POLICY)
@@ -56,12 +58,14 @@ def main(argv: Sequence[str]) -> int:
                 return verdict.exit_code
 
 
-def _train(run: RunDir, start: Start, placement: Placement, arguments: Sequence[str], signals: Signals) -> Ended:
+def _train(
+    run: RunDir, start: Start, placement: Placement, arguments: Sequence[str], signals: Signals, watch: HangWatch
+) -> Ended:
     """One life of the training program."""
     logs = start.logs(run, 0)
     command = placement.command(arguments, log_dir=logs)
-    environ = placement.environ({**os.environ, START: start.name})
-    ended = run_child(command, env=environ, receivers=workers, signals=signals)
+    environ = placement.environ({**os.environ, START: start.name, **watch.environment})
+    ended = run_child(command, env=environ, receivers=workers, signals=signals, is_over=lambda child: watch.look())
     number = ended.stopped_by
     start.meeting(run, 0).report(
         {

@@ -13,22 +13,29 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, WavefleetError, run_main, say
 from asr_train.run_dir import START, RunDir
-from launch import continuation, slurm
+from launch import continuation, devices, preflight, slurm
 from launch.child import Signals, nobody, run_child
 from launch.cluster import accelerate_config
+from launch.cluster_config import Cluster, as_bytes
 from launch.collect import conclude
+from launch.hang import HangWatch
+from launch.hardware import GpuWatch
+from launch.node_check import Wanted
 from launch.notify import notify
 from launch.placement import Rendezvous, place
+from launch.preflight import Place
 from launch.rendezvous import Meeting
 from launch.requests import ask
 from launch.settings import JobSettings
 from launch.slurm import JobState, SlurmError
 from launch.snapshot import check_running
+from launch.stage import corpus_folder
 from launch.starts import Start, starts, verdicts
 from launch.verdict import Verdict
 
@@ -84,11 +91,11 @@ def run_node(run_dir: Path, environ: Mapping[str, str]) -> Verdict | None:
             node.start.write(node.run)
         node.meeting.beat()
         try:
-            exit_code = _train(node)
+            found = _checked_and_trained(node)
         except WavefleetError as error:
             say(str(error))
-            exit_code = EXIT_FAILED
-        node.meeting.report({"exit_code": exit_code, "stopped_by": _stop_reason(node), "stop_time": signals.time})
+            found = {"exit_code": EXIT_FAILED}
+        node.meeting.report({**found, "stopped_by": _stop_reason(node), "stop_time": signals.time})
         if node.number == 0:
             return _end(node)
         node.meeting.wait_for_end(_REPORT_S)
@@ -137,14 +144,56 @@ def _judge_before(node: _Node) -> None:
     say(f"the start before ended so: {verdict.kind}: {verdict.message}")
 
 
-def _train(node: _Node) -> int:
+def _checked_and_trained(node: _Node) -> dict[str, Any]:
+    """Check this node with the others, and train where all is well; what there is to report."""
+    cluster, num_nodes = node.settings.cluster, len(node.start.hosts)
+    if node.number == 0:
+        address, port = node.meeting.publish("127.0.0.1" if num_nodes == 1 else slurm.node_address(node.start.hosts[0]))
+    else:
+        address, port = node.meeting.find(_MEET_S)
+    uuids = devices.visible_gpus() if cluster.gpus_per_node else []
+    with GpuWatch(uuids) as gpus, corpus_folder(cluster.stage_corpus_to, f"{node.run.run_id}-{node.number}") as staged:
+        refused = _preflight(node, f"{address}:{port}")
+        if refused is not None:
+            return {"exit_code": None, **refused}
+        exit_code = _train(node, address, port, staged)
+        return {"exit_code": exit_code, "hardware": "; ".join(gpus.errors()) or None}
+
+
+def _preflight(node: _Node, meet: str) -> dict[str, str | None] | None:
+    """Whether training may start; None when it may, else what is known of this node that speaks against it."""
+    cluster, hosts, begun_s = node.settings.cluster, node.start.hosts, time.monotonic()
+    host = hosts[node.number]
+
+    def is_asked() -> bool:
+        node.meeting.beat()
+        return node.signals.first is not None
+
+    found = preflight.check(
+        node.run,
+        Place(folder=node.meeting.folder, node=node.number, hosts=hosts, meet=meet),
+        Wanted(
+            num_gpus=cluster.gpus_per_node,
+            gpu_memory_bytes=as_bytes(cluster.gpu_memory),
+            commands=cluster.preflight,
+        ),
+        environ={**os.environ, **training_environment(cluster, node.start.name)},
+        is_asked=is_asked,
+    )
+    if preflight.may_start(found, hosts):
+        say(f"{host}: checked with the other nodes in {time.monotonic() - begun_s:.1f} s, all is well")
+        return None
+    for name, of_node in found.items():
+        if text := of_node.problem or of_node.hardware or of_node.network:
+            say(f"{name} may not train: {text}" if name == host else f"not started, for {name} may not train: {text}")
+    mine = found[host]
+    return {"preflight": mine.problem, "hardware": mine.hardware, "network": mine.network}
+
+
+def _train(node: _Node, address: str, port: int, variables: Mapping[str, str]) -> int:
     """Run `accelerate launch` to its end, passing a wish to stop on by file; its exit code."""
     start, cluster = node.start, node.settings.cluster
     num_nodes = len(start.hosts)
-    if node.number == 0:
-        address, port = node.meeting.publish("127.0.0.1" if num_nodes == 1 else slurm.node_address(start.hosts[0]))
-    else:
-        address, port = node.meeting.find(_MEET_S)
     placement = place(
         node.run.recipe(),
         accelerate=accelerate_config(cluster),
@@ -157,18 +206,31 @@ def _train(node: _Node) -> int:
     arguments = [str(node.run.path / "recipe.yaml"), f"run_dir={node.run.path}"]
     command = placement.command(arguments, rendezvous=meet, log_dir=logs)
     say(f"{start.hosts[node.number]}, node {node.number} of {num_nodes}: {shlex.join(command)}")
-    environ = placement.environ({**os.environ, **_environment(node)})
-    watch = _Watch(node)
-    return run_child(
-        command, env=environ, cwd=node.settings.code, receivers=nobody, signals=node.signals, is_over=watch
-    ).exit_code
+    with HangWatch(
+        start.ranks(node.number),
+        node.run.recipe().limits,
+        start.hangs(node.run),
+        node=node.number,
+        num_nodes=num_nodes,
+        host=start.hosts[node.number],
+    ) as hang_watch:
+        ours = {**training_environment(cluster, start.name), **variables, **hang_watch.environment}
+        environ = placement.environ({**os.environ, **ours})
+        return run_child(
+            command,
+            env=environ,
+            cwd=node.settings.code,
+            receivers=nobody,
+            signals=node.signals,
+            is_over=_Watch(node, hang_watch),
+        ).exit_code
 
 
 class _Watch:
-    """What this agent does while its ranks train: shows that it lives, and passes the wish to stop on."""
+    """What this agent does while its ranks train: shows that it lives, passes the wish to stop on, sees a hang."""
 
-    def __init__(self, node: _Node) -> None:
-        self._node = node
+    def __init__(self, node: _Node, hang_watch: HangWatch) -> None:
+        self._node, self._hang_watch = node, hang_watch
         self._next_beat_s = 0.0
 
     def __call__(self, child: psutil.Process) -> bool:
@@ -178,16 +240,15 @@ class _Watch:
             node.meeting.beat()
         if node.signals.first is not None:
             ask(node.run, "stop")  # again and again, for an attempt that is just starting forgets old requests
-        return False
+        return self._hang_watch.look()
 
 
-def _environment(node: _Node) -> dict[str, str]:
-    """Variables by which the profile reaches torch and the training program."""
-    cluster = node.settings.cluster
+def training_environment(cluster: Cluster, start: str) -> dict[str, str]:
+    """Variables by which the profile, and the name of the start, reach torch and the training program."""
     found = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_lead_s),
         "WAVEFLEET_COLLECTIVE_TIMEOUT_S": str(cluster.process_group_timeout_s),
-        START: node.start.name,
+        START: start,
     }
     if cluster.rendezvous_interface is not None:
         found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), cluster.rendezvous_interface)

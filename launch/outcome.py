@@ -223,6 +223,8 @@ def _lines_of_silence(attempt: Attempt) -> Iterator[Line]:
     evidence, hang = attempt.evidence, attempt.evidence.hang
     if hang:
         yield Line(text=f"hung in phase {hang.phase}", rank=hang.rank, host=hang.host, time=hang.time)
+        if hang.stacks:
+            yield Line(text=f"stacks of all ranks at that moment: {hang.stacks}/rank-*.txt in the run directory")
     for host in attempt.mute_hosts:
         yield Line(text="the node's agent said nothing at its end", host=host)
     if attempt.mute_ranks:

@@ -11,7 +11,7 @@ import yaml
 
 from asr_train import resources
 from asr_train.config import Recipe
-from asr_train.data.plan import check_world_size
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import RecipeError, say
 from launch import devices
 

@@ -16,10 +16,9 @@ from asr_train import lock
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, RunError, WavefleetError, say
 from asr_train.run_dir import RunDir
 from launch import slurm
-from launch.collect import conclude, evidence
-from launch.outcome import judge
+from launch.collect import conclude, judged
 from launch.settings import JobSettings
-from launch.starts import Start, history, starts, verdicts
+from launch.starts import Start, starts, verdicts
 from launch.submit import adopt, orphans, submissions, submit
 from launch.verdict import Verdict
 
@@ -110,7 +109,7 @@ def _verdict(run: RunDir, start: Start, slurm_state: str | None, *, act: bool) -
         return Verdict.from_json(written[-1])
     if act:
         return conclude(run, start, slurm_state=slurm_state)
-    return judge(evidence(run, start, slurm_state=slurm_state), history(run))
+    return judged(run, start, slurm_state=slurm_state)
 
 
 @contextmanager

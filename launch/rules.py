@@ -148,14 +148,15 @@ def _node_failure(attempt: Attempt) -> Finding | None:
         return None
     if attempt.ended_by is not None and not is_said and not lost_before_the_end(attempt):
         return None  # agents that are ended with their job say nothing
-    hosts = attempt.mute_hosts
+    hosts = tuple(host for host in attempt.mute_hosts if host in evidence.down_hosts) or attempt.mute_hosts
+    is_known = len(hosts) < len(evidence.nodes) or len(evidence.nodes) == 1  # agents that end with their job are mute
     reason = f"Slurm: {state}" if is_said else "its agent said nothing at its end"
     return Finding(
         kind="node_failure",
         action="continue",
-        what=f"Lost {named('node', hosts) if hosts else 'a node'}: {reason}",
+        what=f"Lost {named('node', hosts) if hosts and is_known else 'a node'}: {reason}",
         hosts=hosts,
-        exclude=tuple((host, reason) for host in hosts),
+        exclude=tuple((host, reason) for host in hosts) if is_known else (),
         is_guess=not is_said,
     )
 
@@ -234,9 +235,15 @@ def _without_word(attempt: Attempt) -> Finding | None:
 
 
 def _network(attempt: Attempt) -> Finding | None:
-    """All that is known is that ranks lost one another."""
+    """All that is known is that nodes did not meet, or that ranks lost one another."""
     if not attempt.lost:
-        return None
+        nodes = attempt.evidence.nodes
+        host, text = next(((host, node.network) for host, node in nodes.items() if node.network), (None, None))
+        if host is None:
+            return None
+        return Finding(
+            kind="network", action="retry", what=f"The nodes did not meet: {host}: {text}", known_by=str(text)
+        )
     first = attempt.lost[0]
     what = f"{sentence(first.where)} lost the others, and none of them failed: {first.sign.text}"
     return Finding(kind="network", action="retry", what=what, cause=first, known_by=first.sign.text)

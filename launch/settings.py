@@ -28,6 +28,11 @@ class JobSettings:
     cluster: Cluster
     continuation: Continuation
 
+    @property
+    def site(self) -> Path:
+        """Folder of what is learned of the cluster."""
+        return profiles.site_folder(self.cluster, self.cluster_name)
+
     def write(self, run: RunDir) -> None:
         """Write it into a run directory."""
         write_json(

@@ -3,12 +3,13 @@
 squeue first; sacct where the job is forgotten there; neither may be reachable, and then our own files must do.
 """
 
+import os
 import re
 import shutil
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,6 +23,12 @@ _LIVE = (
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT",
     "SIGNALING",
 )  # fmt: skip
+
+
+# Signals that the shell ignores, what it starts ignores too.
+_REQUEUE = (
+    'trap "" TERM INT HUP USR1 USR2 CONT; job=$1; shift; scontrol requeue "$job" && scontrol update "JobId=$job" "$@"'
+)
 
 
 class SlurmError(WavefleetError):
@@ -65,15 +72,25 @@ def run(*command: str) -> str:
     Raises:
         SlurmError: it is missing, failed, or did not answer.
     """
-    if shutil.which(command[0]) is None:
-        raise SlurmError(f"{command[0]} is not on this machine: is this a login node of a Slurm cluster?")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within {_TIMEOUT_S} s; is slurmctld up?") from None
-    if done.returncode != 0:
-        raise SlurmError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+    return _call(command).stdout
+
+
+def sbatch(text: str, *options: str) -> str:
+    """Submit a script; the job's id.
+
+    Raises:
+        SlurmError: Slurm refused it.
+    """
+    return _sbatch(text, "--parsable", *options).stdout.strip().partition(";")[0]
+
+
+def expected_start(text: str) -> str:
+    """When a script would start if it were submitted now, and where, in sbatch's own words; nothing is submitted.
+
+    Raises:
+        SlurmError: Slurm would refuse it.
+    """
+    return _sbatch(text, "--test-only").stderr.strip().removeprefix("sbatch: ")
 
 
 def job_state(job_id: str) -> JobState:
@@ -138,24 +155,29 @@ def release(job_id: str) -> None:
 def requeue(job_id: str, *, exclude: Sequence[str] = (), begin_in_s: float = 0.0) -> None:
     """Put a running job back into the queue under its own id; ends it here, with SIGTERM first.
 
-    Only a job in the queue may be given other nodes or another time, so it is held for an instant. Called from the job
-    itself, this must survive SIGTERM; whoever ends within that instant leaves a held job.
+    Only a job in the queue may be given other nodes or another time. One that is being requeued is in the queue, and
+    does not start before its credentials have expired, seconds later. The commands are a shell's that ignores the
+    signals which the first of them brings. Should the others never run, the job comes back as it was: nothing holds it.
 
     Args:
         job_id: the job.
         exclude: nodes that it shall not come back on; replaces those that it was kept off before.
         begin_in_s: not before so many seconds.
+
+    Raises:
+        SlurmError: too few other nodes, so that it would never start; nothing was done. Or Slurm refused.
     """
-    changes = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
+    if exclude:
+        job = details(job_id)
+        check_room(job["Partition"], int(job["NumNodes"].partition("-")[0]), exclude)
+    changes = [f"ExcNodeList={','.join(exclude)}"]
     changes += [f"StartTime=now+{begin_in_s:.0f}"] if begin_in_s else []
-    if not changes:
-        run("scontrol", "requeue", job_id)
-        return
-    run("scontrol", "requeuehold", job_id)
+    command = ("sh", "-c", _REQUEUE, "sh", job_id, *changes)
     try:
-        run("scontrol", "update", f"JobId={job_id}", *changes)
-    finally:
-        run("scontrol", "release", job_id)
+        run(*command)
+    except SlurmError as error:
+        said = str(error).removeprefix(f"{' '.join(command)}: ")
+        raise SlurmError(f"job {job_id} was not put back into the queue with {' '.join(changes)}: {said}") from None
 
 
 def unusable(hosts: Sequence[str]) -> list[str]:
@@ -166,6 +188,43 @@ def unusable(hosts: Sequence[str]) -> list[str]:
         return []
     states = dict(line.split() for line in lines)
     return [host for host, state in states.items() if re.match("down|drain|fail|boot", state, re.IGNORECASE)]
+
+
+def node_states(partition: str | None = None) -> dict[str, str]:
+    """Node -> Slurm's state of it and, after a colon, the reason that was given; of some partitions, of all for None.
+
+    Raises:
+        SlurmError: slurmctld does not answer.
+    """
+    which = [] if partition is None else [f"--partition={partition}"]
+    lines = run("sinfo", "--noheader", "--Node", *which, "--format=%N|%T|%E").splitlines()
+    found = {}
+    for line in lines:
+        name, state, reason = line.split("|", 2)
+        found[name.strip()] = state if reason in ("", "none") else f"{state}: {reason}"
+    return found
+
+
+def default_partition() -> str | None:
+    """Where jobs go that name no partition; None where the cluster has no default."""
+    names = run("sinfo", "--noheader", "--format=%P").split()
+    return next((name.removesuffix("*") for name in names if name.endswith("*")), None)
+
+
+def check_room(partition: str, num_nodes: int, without: Sequence[str]) -> None:
+    """Refuse what would stay pending for ever: a job on more nodes than its partitions have without the excluded ones.
+
+    Raises:
+        SlurmError: says how many there are.
+    """
+    nodes = set(node_states(partition))
+    excluded = sorted(nodes & set(without))
+    if excluded and len(nodes) - len(excluded) < num_nodes:
+        raise SlurmError(
+            f"the job needs {num_nodes} of the {len(nodes)} nodes of {partition}, and {', '.join(excluded)} of them"
+            f" {'are' if len(excluded) > 1 else 'is'} excluded; it would never start. `wavefleet nodes --cluster P"
+            " --remove HOST` takes one back"
+        )
 
 
 def cancel(job_id: str) -> None:
@@ -200,6 +259,32 @@ def max_array_size() -> int:
     """How many tasks an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
     return int(found[1]) if found else 1
+
+
+def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Give sbatch a script; variables of our shell or job that would win over what it says are left out."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SBATCH_", "SLURM_")) or name == "SLURM_CONF"
+    }
+    return _call(["sbatch", *options], text=text, environ=environ)
+
+
+def _call(
+    command: Sequence[str], *, text: str | None = None, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"{command[0]} is not on this machine: is this a login node of a Slurm cluster?")
+    try:
+        done = subprocess.run(
+            command, input=text, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within {_TIMEOUT_S} s; is slurmctld up?") from None
+    if done.returncode != 0:
+        raise SlurmError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done
 
 
 def _from_accounting(job_id: str, why: SlurmError | None) -> JobState:

@@ -22,12 +22,8 @@ def take(folder: Path) -> Path:
     Raises:
         RunError: the copy could not be made.
     """
-    sources = {Path(module.__file__ or "").parent for module in (asr_train, launch)}
-    root = Path(asr_train.__file__).parent.parent
-    sources |= {root / name for name in _SHIPPED if (root / name).is_dir()}
-    if (root / "pyproject.toml").exists():  # marks a checkout, whose recipes are beside the packages
-        sources.add(root / "pyproject.toml")
-    final = folder / _hash(sources, root)
+    sources, root = _sources()
+    final = where(folder)
     if final.exists():
         return final
     aside = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
@@ -48,6 +44,11 @@ def take(folder: Path) -> Path:
     return final
 
 
+def where(folder: Path) -> Path:
+    """Where `take` would copy this program to, or has."""
+    return folder / _hash(*_sources())
+
+
 def check_running(code: Path) -> None:
     """Make sure that this process runs a snapshot's code and no other.
 
@@ -58,6 +59,21 @@ def check_running(code: Path) -> None:
         found = Path(module.__file__ or "").resolve()
         if not found.is_relative_to(code.resolve()):
             raise RunError(f"{name} comes from {found}, and should come from the run's own copy in {code}")
+
+
+def running_hash() -> str:
+    """Hash of the code that this process runs, as it lies on disk here."""
+    return _hash(*_sources())
+
+
+def _sources() -> tuple[set[Path], Path]:
+    """Files and folders that make the program, and what their names are relative to."""
+    root = Path(asr_train.__file__).parent.parent
+    sources = {Path(module.__file__ or "").parent for module in (asr_train, launch)}
+    sources |= {root / name for name in _SHIPPED if (root / name).is_dir()}
+    if (root / "pyproject.toml").exists():  # marks a checkout, whose recipes are beside the packages
+        sources.add(root / "pyproject.toml")
+    return sources, root
 
 
 def _hash(sources: set[Path], root: Path) -> str:

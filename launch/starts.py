@@ -55,6 +55,10 @@ class Start:
         """Folder of a node's per-rank logs."""
         return run.path / "logs" / self.name / f"node-{node}"
 
+    def hangs(self, run: RunDir) -> Path:
+        """Folder of the ranks' stacks, should it hang."""
+        return run.path / "hangs" / self.name
+
     def write(self, run: RunDir) -> None:
         """Write it down; node 0, before anything is started."""
         write_json(_folder(run) / self.name / "start.json", asdict(self))

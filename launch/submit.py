@@ -14,14 +14,15 @@ from typing import Any
 
 from asr_train import lock
 from asr_train.config import Recipe
-from asr_train.data.plan import check_world_size
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, RunError, say
 from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
-from launch import hub_cache, slurm, snapshot, then
+from launch import exclusions, hub_cache, signal_lead, slurm, snapshot, then
 from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
+from launch.findings import continuation, findings
 from launch.runs import open_run
 from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
 from launch.settings import JobSettings, settings_file
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     cluster = load_cluster(options.cluster, changes)
     run = RunDir(run_directory(recipe))
     check_size(recipe, cluster)
+    _warn_of_lead(run, cluster)
     if options.dry_run:
         print(text(run, recipe, cluster), end="")
         return EXIT_DONE
@@ -105,7 +107,7 @@ def start(run: RunDir, recipe: Recipe, cluster: Cluster, cluster_name: str, wish
         code=_code(run, renew=wishes.update_code),
         cluster_name=cluster_name,
         cluster=cluster,
-        continuation="requeue" if cluster.continuation == "auto" else cluster.continuation,
+        continuation=continuation(cluster, findings(cluster, cluster_name)),
     )
     if wishes.fetch:
         hub_cache.fill([str(run.path / "recipe.yaml")], recipe, cluster)
@@ -123,6 +125,7 @@ def retry(argv: Sequence[str]) -> int:
     settings = JobSettings.read(run)
     cluster = settings.cluster if options.nodes is None else replace(settings.cluster, nodes=options.nodes)
     check_size(run.recipe(), cluster)
+    _warn_of_lead(run, cluster)
     retried(run)
     submission = submit(run, replace(settings, cluster=cluster, code=_code(run, renew=options.update_code)))
     print(f"{run.path}: submitted as job {submission.job_id}")
@@ -158,7 +161,9 @@ def submit(
     folder = run.path / "slurm"
     folder.mkdir(exist_ok=True)
     folder.chmod(_PRIVATE if cluster.private else _READABLE)  # what is pickled there is run: nobody else may write
-    parameters = _parameters(run, settings, exclude, after)
+    parameters = _parameters(
+        run, run.recipe().name, cluster, settings.code, exclude=avoided(settings, exclude), after=after
+    )
     if begin_in_s:
         parameters["additional_parameters"]["begin"] = f"now+{begin_in_s:.0f}"
     sbatch_text(parameters, folder, python_command(cluster))  # its checks
@@ -175,6 +180,15 @@ def submit(
     except SlurmError as error:  # the run's own job is there
         say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
     return submission
+
+
+def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
+    """These nodes, and those that are excluded on this cluster now; said."""
+    cluster, name = settings.cluster, settings.cluster_name
+    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes)
+    if found:
+        say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
+    return sorted({*exclude, *found})
 
 
 def submissions(run: RunDir) -> list[Submission]:
@@ -243,21 +257,37 @@ def check_size(recipe: Recipe, cluster: Cluster) -> None:
 
 def _code(run: RunDir, *, renew: bool) -> Path:
     """The run's own copy of the code: the one that it has, unless it has none or a new one is asked for."""
-    if not renew and (known := submissions(run)) and Path(known[-1].code).is_dir():
-        return Path(known[-1].code)
-    return snapshot.take(run.path / "code")
+    return snapshot.take(run.path / "code") if renew else _own_code(run) or snapshot.take(run.path / "code")
+
+
+def _warn_of_lead(run: RunDir, cluster: Cluster) -> None:
+    if problem := signal_lead.problem_of(run, cluster.signal_lead_s):
+        say(f"warning: {problem}")
+
+
+def _own_code(run: RunDir) -> Path | None:
+    """The copy that the run's last job had."""
+    known = submissions(run)
+    return Path(known[-1].code) if known and Path(known[-1].code).is_dir() else None
+
+
+def code_of(run: RunDir) -> Path:
+    """Where the code of a run's next job is, or would be copied to; nothing is touched."""
+    return _own_code(run) or snapshot.where(run.path / "code")
 
 
 def _comment(run: RunDir) -> str:
-    """Marks a run's jobs in Slurm."""
-    return f"wavefleet:{run.run_id}"
+    """Marks a run's jobs in Slurm; one that was never submitted has no number yet."""
+    return f"wavefleet:{run.run_id if (run.path / 'run.json').exists() else '<run id>'}"
 
 
-def _parameters(run: RunDir, settings: JobSettings, exclude: Sequence[str], after: str | None) -> dict[str, Any]:
-    cluster, code = settings.cluster, str(settings.code)
+def _parameters(
+    run: RunDir, name: str, cluster: Cluster, code: Path, *, exclude: Sequence[str] = (), after: str | None = None
+) -> dict[str, Any]:
+    """What submitit is told of a job of a run, which is called `name`."""
     parameters = submitit_parameters(
         cluster,
-        job_name=run.recipe().name,
+        job_name=name,
         nodes=cluster.nodes,
         hold=True,
         comment=_comment(run),
@@ -265,16 +295,14 @@ def _parameters(run: RunDir, settings: JobSettings, exclude: Sequence[str], afte
         dependency=None if after is None else f"afterany:{after}",
     )
     # the working directory comes first among Python's paths: it must be the run's own code too
-    parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": code}
-    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(code)}"]
+    parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": str(code)}
+    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(str(code))}"]
     return parameters
 
 
 def text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
     """The batch script that would be submitted; nothing is touched."""
-    parameters = submitit_parameters(
-        cluster, job_name=recipe.name, nodes=cluster.nodes, hold=True, comment="wavefleet:<run id>"
-    )
+    parameters = _parameters(run, recipe.name, cluster, code_of(run))
     folder = run.path / "slurm"
     command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return sbatch_text(parameters, folder, command)

@@ -21,6 +21,7 @@ class NodeReport:
         reported: its agent said at its end how it ended.
         exit_code: its child's; negative, or over 128, for a signal.
         ranks: which ran there.
+        network: why it did not meet the other nodes before training, where nobody can say whose fault that is.
         hardware: an Xid or another hardware error of this attempt, from the driver or NVML.
         tail: last lines of the launcher's own output there, torchrun's report of failed workers among them.
     """
@@ -30,6 +31,7 @@ class NodeReport:
     exit_code: int | None = None
     ranks: tuple[int, ...] = ()
     hardware: str | None = None
+    network: str | None = None
     tail: str = ""
 
 
@@ -41,6 +43,7 @@ class Hang:
         rank: the one that the others wait for; None when that is not known.
         state: its process's in /proc: T stopped, D waiting for a disk or a driver.
         time: when the hang detector gave up.
+        stacks: folder of all ranks' stacks, in the run directory.
     """
 
     phase: str
@@ -49,6 +52,7 @@ class Hang:
     host: str | None = None
     state: str | None = None
     time: float | None = None
+    stacks: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class Evidence:
         is_done: done.json is there.
         tails: rank -> last lines of its log.
         utterances: ids of the step that failed, from a `skipped` line or the plan.
+        down_hosts: nodes of the attempt that Slurm calls down, drained or failed now.
         excluded_hosts: already excluded now, by verdicts or by hand.
     """
 
@@ -88,6 +93,7 @@ class Evidence:
     hang: Hang | None = None
     tails: Mapping[int, str] = field(default_factory=dict)
     utterances: tuple[str, ...] = ()
+    down_hosts: tuple[str, ...] = ()
     excluded_hosts: tuple[str, ...] = ()
 
 

@@ -51,8 +51,10 @@ class SlurmCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self._file("home").mkdir()  # where what is learned of a cluster is kept, unless a profile says otherwise
         self.environ = {
             **outside,
+            "HOME": str(self._file("home")),
             "PATH": f"{outside.get('PATH', '')}:{PATH}",
             "SLURM_CONF": str(self._file("slurm.conf")),
         }
@@ -209,7 +211,8 @@ class SlurmCluster:
         self.run("scontrol", "update", f"JobId={job}", f"EndTime={end}")
 
     def restore(self) -> None:
-        """What the next test needs: the controller and all nodes up, no jobs, and no process of earlier ones."""
+        """What the next test needs: the controller and all nodes up, none excluded, no jobs, and no process of them."""
+        shutil.rmtree(self._file("home", ".wavefleet"), ignore_errors=True)
         if "UP" not in self._call("scontrol", "ping").stdout:
             self.start_controller()
         self.run("scancel", "--user=root")

@@ -126,3 +126,16 @@ def test_faults_are_done_to_both_and_ours_loses_nothing(tmp_path):
     (killed,) = (entry for entry in result["faults"] if "SIGKILL" in entry["fault"])
     assert [killed[side]["first"]["code"] for side in ("ours", "accelerate")] == [-9, -9]
     check_committed("faults", result)
+
+
+def test_startup_starts_every_command_and_leaves_nothing(tmp_path):
+    out = tmp_path / "startup.json"
+    done = run("startup.py", "--rounds", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert all(len(timed[measure]["runs"]) == 1 for timed in result["commands"].values() for measure in timed)
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows == ["command", *result["commands"]]
+    assert {"wavefleet --help", "wavefleet submit --dry-run"} <= set(rows)
+    assert list(tmp_path.iterdir()) == [out]
+    check_committed("startup", result)

@@ -8,7 +8,7 @@ import pytest
 
 from asr_train import resources
 from asr_train.recipe import load_recipe, walk
-from launch import cli, local, prepare_array, submit, sweep
+from launch import cli, local, plan, prepare_array, submit, sweep
 from launch.cluster import load_cluster, split_changes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +73,8 @@ def test_every_wavefleet_command_is_one():
         elif verb in ("show", "prepare", "train"):
             options = local._parser().parse_intermixed_args(rest)
             load_recipe(options.recipe, options.overrides)
-        if verb == "submit":
-            options = submit._parser().parse_intermixed_args(rest)
+        if verb in ("submit", "plan"):
+            options = {"submit": submit, "plan": plan}[verb]._parser().parse_intermixed_args(rest)
             overrides, changes = submit.split_overrides(options)
             load_recipe(options.recipe, overrides)
             load_cluster(options.cluster, changes)

@@ -140,7 +140,7 @@ def fake_training(machine, monkeypatch, tmp_path):
     started = []
 
     def install(outcomes, exit_code=0):
-        def run_child(command, *, env, receivers, signals):
+        def run_child(command, *, env, receivers, signals, is_over):
             started.append((command, env))
             run = RunDir(next(Path().glob("**/run.json")).parent)
             with mock.patch.dict(os.environ, env):

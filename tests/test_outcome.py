@@ -174,6 +174,15 @@ CASES = {
     "no rendezvous, no outcome": (
         evidence({}, tails=dict.fromkeys(range(4), "DistNetworkError: Connection timed out, 10.0.0.1:29500")),
         "network", "retry", 4, False, "Connection timed out"),
+    "nodes that did not meet": (
+        evidence({}, nodes={"n1": NodeReport(network="no word from n2", ranks=(0, 1)), "n2": NodeReport(ranks=(2, 3))}),
+        "network", "retry", 4, False, "The nodes did not meet: n1: no word from n2"),
+    "a node that did not come, for it is dead": (
+        evidence({}, nodes={"n1": NodeReport(network="no word from n2", ranks=(0, 1)), **SILENT}),
+        "node_failure", "continue", 4, False, "Lost node n2"),
+    "a node that was refused, so the others lacked it": (
+        evidence({}, nodes={"n1": NodeReport(network="no word from n2", ranks=(0, 1)), **REFUSED}),
+        "preflight", "continue", 4, False, "3 of 4 GPUs answer"),
     "hang": (
         evidence(mute(2, 3), hang=HANG), "hang", "retry", 4, True,
         "Rank 2 on n2 hung in phase step at step 120 (its process is stopped by a signal)"),
@@ -234,6 +243,25 @@ CASES = {
         "failed", "retry", 4, True, "Trying again in 60 s"),
     "nothing known": (evidence({}, nodes={"n1": NodeReport(), "n2": NodeReport()}), "unknown", "retry", 4, True, ""),
 }  # fmt: skip
+
+
+def lost_nodes(**more):
+    """Slurm ended a job for a node's failure, and all its agents with it."""
+    silent = {host: NodeReport(reported=False, ranks=ranks) for host, ranks in (("n1", (0, 1)), ("n2", (2, 3)))}
+    return judge(evidence({}, nodes=silent, slurm_state="NODE_FAIL", **more))
+
+
+def test_of_a_job_that_a_node_ended_only_the_node_that_is_down_is_excluded():
+    found = lost_nodes(down_hosts=("n2",))
+    assert found.message.startswith("Lost node n2: Slurm: NODE_FAIL")
+    assert [entry.host for entry in found.exclude_hosts] == ["n2"]
+
+
+def test_where_nobody_knows_which_node_it_was_none_is_excluded():
+    """The node is up again: its job's other nodes are as likely as it."""
+    found = lost_nodes()
+    assert found.message.startswith("Lost a node: Slurm: NODE_FAIL")
+    assert (found.action, found.exclude_hosts) == ("continue", ())
 
 
 @pytest.mark.parametrize("name", CASES)

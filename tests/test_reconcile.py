@@ -66,6 +66,7 @@ def site(monkeypatch, tmp_path, tiny_recipe):
     monkeypatch.setattr(slurm, "jobs_with_comment", lambda comment: site.unwritten.get(comment, []))
     monkeypatch.setattr(slurm, "release", lambda job_id: site.asked.append(("release", job_id)))
     monkeypatch.setattr(reconcile, "submit", fake_submit)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where what is learned of a cluster is kept
     site.folder.mkdir()
     return site
 

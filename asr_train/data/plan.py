@@ -16,6 +16,7 @@ import numpy.typing as npt
 from asr_train.data.lengths import LengthIndex
 from asr_train.data.permute import make_key, make_keys, permute
 from asr_train.data.shapes import Shapes, equal_cost_shapes, fixed_count_shapes
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import RecipeError
 from asr_train.files import hash_json
 from asr_train.geometry import SAMPLE_RATE
@@ -200,23 +201,6 @@ def units_of_rank(num_units: int, rank: int, world_size: int) -> list[int | None
 def unit_seed(seed: int, epoch: int, step_in_epoch: int, k: int) -> int:
     """Seed of a unit's dropout and masks, in [0, 2**63): it belongs to the unit, not to the rank that runs it."""
     return make_key(seed, epoch, step_in_epoch, k, "unit") >> 1
-
-
-def check_world_size(units_per_step: int, world_size: int, allow_idle_ranks: bool) -> None:
-    """Refuse more processes than a step has units.
-
-    Raises:
-        RecipeError: some processes would never have work, and the recipe does not accept that.
-    """
-    if world_size <= units_per_step or allow_idle_ranks:
-        return
-    times = world_size / units_per_step
-    words = {2.0: "twice", 3.0: "three times", 4.0: "four times", 8.0: "eight times"}
-    raise RecipeError(
-        f"units_per_step={units_per_step} keeps {units_per_step} of {world_size} processes busy: "
-        f"use --processes {units_per_step}, or units_per_step={world_size} "
-        f"({words.get(times, f'{times:.3g} times')} the batch; reconsider lr)"
-    )
 
 
 def _make_shapes(index: LengthIndex, settings: PlanSettings) -> Shapes:

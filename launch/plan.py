@@ -1,0 +1,158 @@
+"""`wavefleet plan RECIPE --cluster P`: what a job would be, before it is submitted; touches nothing.
+
+The batch text, the command and the environment of every node, what it would cost, and when Slurm would start it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import asr_train
+from asr_train import resources
+from asr_train.config import Recipe
+from asr_train.errors import EXIT_DONE, RecipeError
+from asr_train.recipe import load_recipe, on_hub, read_values, run_directory
+from asr_train.run_dir import RunDir
+from launch import signal_lead, slurm
+from launch.cluster import accelerate_config, environment, load_cluster
+from launch.cluster_config import Cluster
+from launch.findings import continuation, findings
+from launch.node_agent import training_environment
+from launch.placement import Placement, Rendezvous
+from launch.sbatch import python_command
+from launch.slurm import SlurmError
+from launch.submit import check_size, code_of, split_overrides, text
+
+_START = "<job id>.0"
+_ADDRESS, _PORT = "<address of node 0>", "<free port of node 0>"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what a job would be."""
+    options = _parser().parse_intermixed_args(argv)
+    overrides, changes = split_overrides(options)
+    recipe = load_recipe(options.recipe, overrides)
+    if options.cluster is None:
+        raise RecipeError("--cluster is needed: what a training would take by itself cannot be planned yet")
+    cluster = load_cluster(options.cluster, changes)
+    check_size(recipe, cluster)
+    found = plan(recipe, cluster, options.cluster)
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print(found)
+    return EXIT_DONE
+
+
+def plan(recipe: Recipe, cluster: Cluster, cluster_name: str) -> dict[str, Any]:
+    """What a job would be, as plain values."""
+    run = RunDir(run_directory(recipe))
+    batch_text = text(run, recipe, cluster)
+    start, start_problem = None, None
+    try:
+        start = slurm.expected_start(batch_text)
+    except SlurmError as error:
+        start_problem = str(error)
+    hours = cluster.time / 60
+    times = signal_lead.measured(run)
+    models, sources = on_hub(recipe)
+    names = [*models, *(source.dataset for source in sources)]
+    return {
+        "run_dir": str(run.path),
+        "nodes": cluster.nodes,
+        "gpus_per_node": cluster.gpus_per_node,
+        "world_size": cluster.nodes * cluster.num_processes,
+        "time_min": cluster.time,
+        "node_hours": cluster.nodes * hours,
+        "gpu_hours": cluster.nodes * cluster.gpus_per_node * hours,
+        "expected_start": start,
+        "start_problem": start_problem,
+        "continuation": continuation(cluster, findings(cluster, cluster_name)),
+        "signal_lead_s": cluster.signal_lead_s,
+        "signal_lead_needed_s": None if times is None else times.needed_s,
+        "signal_lead_problem": signal_lead.problem_of(run, cluster.signal_lead_s),
+        "cache": cluster.cache,
+        "fetched_first": list(dict.fromkeys(names)) if cluster.cache else [],
+        "commands": [_command(run, cluster, node) for node in range(cluster.nodes)],
+        "sbatch": batch_text,
+    }
+
+
+def _command(run: RunDir, cluster: Cluster, node: int) -> dict[str, Any]:
+    """What the node agent of one node would start; what is known in the job alone stands in angle brackets."""
+    code = code_of(run)
+    placement = _placement(cluster, code)
+    address = "127.0.0.1" if cluster.nodes == 1 else _ADDRESS
+    meet = Rendezvous(cluster.nodes, node, address, 0, _START)
+    logs = run.path / "logs" / _START / f"node-{node}"
+    arguments = [str(run.path / "recipe.yaml"), f"run_dir={run.path}"]
+    argv = placement.command(arguments, rendezvous=meet, log_dir=logs)
+    argv[argv.index("--main_process_port") + 1] = _PORT
+    argv[:1] = [shlex.split(python_command(cluster))[-1]]
+    ours = {**environment(cluster), "PYTHONPATH": str(code), **training_environment(cluster, _START)}
+    return {"node": node, "environment": dict(sorted(placement.environ(ours).items())), "argv": argv}
+
+
+def _placement(cluster: Cluster, code: Path) -> Placement:
+    """What a node of this profile would choose by itself."""
+    config = resources.find("accelerate_configs", accelerate_config(cluster)).absolute()
+    root = Path(asr_train.__file__).parent.parent
+    inherited = {**os.environ, **environment(cluster)}
+    threads = inherited.get("OMP_NUM_THREADS", "")
+    return Placement(
+        config=code / config.relative_to(root) if config.is_relative_to(root) else config,
+        num_processes=cluster.num_processes,
+        num_threads=int(threads) if threads.isdigit() else max(1, cluster.cpus_per_node // cluster.num_processes),
+        on_cpu=bool(read_values(config).get("use_cpu")),
+    )
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    gpus = f"{_count(found['gpus_per_node'], 'GPU')} each, " if found["gpus_per_node"] else ""
+    processes = _count(found["world_size"], "process", "processes")
+    print(f"run directory  {found['run_dir']}")
+    print(f"a job          {_count(found['nodes'], 'node')}, {gpus}{processes} in all, {found['time_min']} minutes")
+    print(f"at most        {found['gpu_hours']:,.1f} GPU-hours, {found['node_hours']:,.1f} node-hours a job")
+    start = found["expected_start"] or f"unknown: {found['start_problem']}"
+    print("start          " + start.replace("\n", "\n" + 15 * " "))
+    print(f"goes on by     {found['continuation']}")
+    print(f"signal lead    {_lead(found)}")
+    if found["fetched_first"]:
+        print(f"fetched first  {', '.join(found['fetched_first'])}, into {found['cache']}")
+    for command in found["commands"]:
+        print(
+            f"\nnode {command['node']}, besides the environment of your shell and of the batch script's set-up lines:"
+        )
+        for name, value in command["environment"].items():
+            print(f"  {name}={shlex.quote(value)}")
+        print(f"  {shlex.join(command['argv'])}")
+    print(f"\nbatch script:\n{found['sbatch']}", end="")
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
+def _lead(found: Mapping[str, Any]) -> str:
+    if found["signal_lead_problem"]:
+        return f"too short: {found['signal_lead_problem']}"
+    needed_s = found["signal_lead_needed_s"]
+    known = "nothing of this run was measured yet" if needed_s is None else f"this run needs up to {needed_s} s"
+    return f"{found['signal_lead_s']} s before the time limit; {known}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wavefleet plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe fields to change; cluster.key=value for the profile's"
+    )
+    parser.add_argument("--cluster", metavar="P", help="a cluster profile: a file, or a shipped one")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
