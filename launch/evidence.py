@@ -72,7 +72,8 @@ def sort(evidence: Evidence) -> Attempt:
     named = heard | {cause.rank for cause in (*causes, *lost)}
     mute_hosts = tuple(host for host, node in evidence.nodes.items() if not node.reported and node.preflight is None)
     gone = {rank for host in mute_hosts for rank in evidence.nodes[host].ranks}
-    refused = {rank for node in evidence.nodes.values() if node.preflight for rank in node.ranks}
+    is_refused = any(node.preflight for node in evidence.nodes.values())  # on one node, so no rank of any began
+    refused = {rank for node in evidence.nodes.values() for rank in node.ranks} if is_refused else set()
     return Attempt(
         evidence=evidence,
         causes=tuple(sorted((cause for cause in causes if not _follows(cause, evidence)), key=_by_time)),

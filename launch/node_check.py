@@ -143,7 +143,7 @@ def _command_problem(line: str, environ: Mapping[str, str]) -> str | None:
             return f"`{line}` did not end within {_COMMAND_S:.0f} s"
         if code == 0:
             return None
-        return f"`{line}` ended with {code}: {last_lines(output) or 'it printed nothing'}"
+        return f"{last_lines(output) or 'it printed nothing'} (`{line}` ended with {code})"
 
 
 def _facts() -> dict[str, str]:

@@ -245,6 +245,11 @@ CASES = {
 }  # fmt: skip
 
 
+def test_no_rank_is_missed_where_none_was_started():
+    found = judge(evidence({}, nodes=REFUSED))
+    assert [line.text for line in found.evidence] == ["3 of 4 GPUs answer"]
+
+
 def lost_nodes(**more):
     """Slurm ended a job for a node's failure, and all its agents with it."""
     silent = {host: NodeReport(reported=False, ranks=ranks) for host, ranks in (("n1", (0, 1)), ("n2", (2, 3)))}

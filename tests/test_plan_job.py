@@ -200,7 +200,7 @@ def test_commands_are_those_that_node_agents_start(nodes, planned, recipe, profi
     )
     for number, planned_node in enumerate(found["commands"]):
         environ = {"SLURM_JOB_ID": "7", "SLURM_NODEID": str(number), "SLURM_JOB_NODELIST": "n[1-2]"}
-        node_agent._train(node_agent._node(RunDir(folder), environ, Signals()))
+        node_agent._train(node_agent._node(RunDir(folder), environ, Signals()), "10.0.0.1", 29500, {})
         command, env = started[number]
         port = command[command.index("--main_process_port") + 1]
         known = {

@@ -64,8 +64,8 @@ def test_everything_that_is_wrong_is_said_at_once(run, monkeypatch):
     assert "0.50 GiB are free" in said
     assert "7 more files" in said
     assert "checkpoints cannot be written: File exists" in said
-    assert "preflight.0: `echo licence server is down; exit 3` ended with 3: licence server is down" in said
-    assert "preflight.1: `false` ended with 1: it printed nothing" in said
+    assert "preflight.0: licence server is down (`echo licence server is down; exit 3` ended with 3)" in said
+    assert "preflight.1: it printed nothing (`false` ended with 1)" in said
 
 
 def test_gpus_that_are_hidden_are_named_as_that(run, monkeypatch):

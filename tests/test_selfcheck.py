@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,30 @@ def test_missing_gpus_are_counted():
     selfcheck.check_gpus(4, result)
     assert result.problems == ["torch sees 0 of 4 GPUs: have the driver and the GPUs looked at"]
     assert not result.is_well
+
+
+def test_every_gpu_that_is_not_fit_is_named(monkeypatch):
+    """Four of them: free and right, somebody else's, wrong, and gone."""
+
+    def product_problem(device, *_):
+        if device.index == 3:
+            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
+        return "computes wrongly: 7 of 9 numbers" if device.index == 2 else None
+
+    properties = SimpleNamespace(name="A100", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ((20 if index == 1 else 79) * 2**30, 80 * 2**30))
+    monkeypatch.setattr(selfcheck, "product_problem", product_problem)
+    result = Result(host="n1")
+    selfcheck.check_gpus(4, result)
+    assert [gpu["index"] for gpu in result.gpus] == [0, 1, 2, 3]
+    assert result.problems == [
+        "GPU 1: 60.0 of 80.0 GiB are in use already: end who uses it",
+        "GPU 2 computes wrongly: 7 of 9 numbers: have it replaced",
+        "GPU 3: CUDA error: unspecified launch failure",
+    ]
 
 
 @pytest.mark.gpu

@@ -117,3 +117,21 @@ def test_a_node_is_not_excluded_where_too_few_others_are_left(cluster, profile, 
     assert (verdict["kind"], verdict["action"], verdict["exclude_hosts"]) == ("preflight", "stop", [])
     assert "There is no other node to go on with" in verdict["message"]
     assert exclusions.live(tmp_path / "shared" / "small") == []
+
+
+def test_a_successor_is_kept_off_the_node_too(cluster, profile, recipe_file, tmp_path):
+    """Where another job goes on in place of the same one."""
+    bad = profile("preflight: 'test \"$SLURMD_NODENAME\" != n2'", "continuation: successor")
+    folder = tmp_path / "run"
+    job = submitted(cluster, bad, recipe_file, folder)
+    wait_until(cluster, folder, lambda found: found["job_id"] != job)
+    jobs = cluster.jobs()
+    (successor,) = set(jobs) - {job}
+    assert jobs[successor]["ExcNodeList"] == "n2"
+    wait_until(cluster, folder, lambda found: found["state"] == "running")
+    assert "n2" not in expanded(cluster, successor)
+    wavefleet(cluster, "cancel", folder)
+
+
+def expanded(cluster, job):
+    return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
