@@ -1,9 +1,9 @@
 """`wavefleet logs RUN`: what the ranks and the node agents wrote, of any attempt; who failed first; what comes next."""
 
 import argparse
-import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,7 @@ from asr_train.errors import EXIT_DONE, RunError
 from asr_train.run_dir import RunDir
 from launch import collect, evidence, signs, slurm
 from launch.evidence import Cause, where
-from launch.log_files import LogFile, log_files
+from launch.log_files import LogFile, Reader, log_files
 from launch.runs import open_run
 from launch.signs import Sign
 from launch.slurm import SlurmError
@@ -26,7 +26,7 @@ _ASK_SLURM_S = 10.0
 _ALIVE_S = 30.0  # an agent's heart beats every 5 s; a training holds its lock so long after its start
 _NUM_BEFORE: Final = 30  # lines before an error
 _NUM_AFTER: Final = 5
-_TAIL_BYTES = 65_536
+_NUM_LAST = 5000  # lines at the end of a log that an error is looked for in
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,11 +49,7 @@ def main(argv: Sequence[str]) -> int:
             print(line)
         return EXIT_DONE
     found = _of_rank(log_files(run, chosen), options.rank, chosen)
-    several = len({file.label for file in found}) > 1
-    for file in found:
-        with file.path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
-            for text in stream:
-                _print(file, text, several=several)
+    _read({}, found, options.rank, is_last=True)
     return EXIT_DONE
 
 
@@ -70,10 +66,12 @@ def first_error(run: RunDir, start: Start) -> Iterator[str]:
         return
     yield f"{where(first.rank, first.host)} failed first: {first.sign.text}"
     stacks = start.hangs(run) / f"rank-{first.rank}.txt"
-    for path in [stacks, *(file.path for file in log_files(run, start) if file.rank == first.rank)]:
-        if lines := _around(path, first.sign.text):
-            yield f"\n{path}"
-            yield from lines
+    if stacks.exists():
+        yield from ("", str(stacks), *stacks.read_text(encoding="utf-8").splitlines())
+    for file in log_files(run, start):
+        if file.rank == first.rank:
+            last = deque(Reader(file).read(is_last=True), maxlen=_NUM_LAST)
+            yield from ("", str(file.path), *_around(list(last), first.sign.text))
 
 
 def _named(verdict: Verdict | None) -> Cause | None:
@@ -95,14 +93,8 @@ def _first(known: Evidence) -> Cause | None:
     return None
 
 
-def _around(path: Path, said: str) -> list[str]:
+def _around(lines: Sequence[str], said: str) -> Sequence[str]:
     """The lines of a log around an error; its last ones where it does not stand there."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = stream.read().decode("utf-8", "replace").rstrip().splitlines()
-    except FileNotFoundError:
-        return []
     beginning = said.rstrip("…").partition("\n")[0]
     named = (index for index in reversed(range(len(lines))) if beginning and beginning in lines[index])
     at = next(named, len(lines) - 1)
@@ -136,7 +128,7 @@ def _of_rank(found: Sequence[LogFile], rank: int | None, start: Start) -> list[L
 
 def _follow(run: RunDir, only: Start | None, rank: int | None) -> None:
     """Print what was written and what is from now on, of one start, or of the newest one at any time."""
-    readers: dict[Path, _Reader] = {}
+    readers: dict[LogFile, Reader] = {}
     life = _Life(run)
     shown: Start | None = None
     while True:
@@ -154,31 +146,13 @@ def _follow(run: RunDir, only: Start | None, rank: int | None) -> None:
         time.sleep(_POLL_S)
 
 
-class _Reader:
-    """How far a growing file was read."""
-
-    def __init__(self, file: LogFile) -> None:
-        self.file = file
-        self._position = 0
-
-    def read(self, *, is_last: bool) -> list[str]:
-        """The lines that were added; one that is not ended yet only at the last time."""
-        with self.file.path.open("rb") as stream:
-            stream.seek(self._position)
-            data = stream.read()
-        if not is_last:
-            data = data[: data.rfind(b"\n") + 1]
-        self._position += len(data)
-        return self.file.lines(data.decode("utf-8", "replace").removesuffix("\n")) if data else []
-
-
-def _read(readers: "dict[Path, _Reader]", found: Sequence[LogFile], rank: int | None, *, is_last: bool) -> None:
+def _read(readers: dict[LogFile, Reader], found: Sequence[LogFile], rank: int | None, *, is_last: bool) -> None:
     """Print what is new in every file."""
     chosen = [file for file in found if rank is None or file.rank == rank]
     several = len({file.label for file in chosen}) > 1
     for file in chosen:
-        for line in readers.setdefault(file.path, _Reader(file)).read(is_last=is_last):
-            _print(file, f"{line}\n", several=several)
+        for line in readers.setdefault(file, Reader(file)).read(is_last=is_last):
+            print(f"{file.label} | {line}" if several else line, flush=True)
 
 
 class _Life:
@@ -222,11 +196,6 @@ def _beats(path: Path) -> bool:
     if (path.parent / "decided").exists():
         return False
     return time.time() - path.stat().st_mtime < _ALIVE_S
-
-
-def _print(file: LogFile, text: str, *, several: bool) -> None:
-    for line in file.lines(text.removesuffix("\n")):
-        print(f"{file.label} | {line}" if several else line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from launch.cluster_config import Cluster, as_bytes
 from launch.collect import conclude
 from launch.hang import HangWatch
 from launch.hardware import GpuWatch
+from launch.log_files import heading
 from launch.node_check import Wanted
 from launch.notify import notify
 from launch.placement import Rendezvous, place
@@ -86,6 +87,7 @@ def run_node(run_dir: Path, environ: Mapping[str, str]) -> Verdict | None:
     signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler has nothing to do here
     with signals.installed():
         node = _node(RunDir(run_dir), environ, signals)
+        say(heading(node.start, node.number))
         if node.number == 0:
             _judge_before(node)
             node.start.write(node.run)

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[int], num_tasks: int, site: Path) -> None:
     """Submit the shares that are pending, and what makes a corpus of them."""
     folder = _folder(corpus)
-    for number in pending:
+    for number in range(1, num_tasks + 1):
         if job.ended(folder, name := _share_name(number, num_tasks)):
             say(f"task {number} of {num_tasks} failed: {job.last_words(folder, name)}")
     if not pending and job.ended(folder, _MERGE):

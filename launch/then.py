@@ -21,6 +21,7 @@ from launch.snapshot import check_running
 from launch.task import Task
 
 FOLLOWERS = ("evaluate", "export")
+_AHEAD = ("waiting", "running")
 _STATE = "then.json"  # in the folder: what was asked for, and how it went
 
 
@@ -37,8 +38,10 @@ def read_verbs(text: str) -> tuple[str, ...]:
 
 
 def ask(run: RunDir, verbs: Sequence[str]) -> None:
-    """Note what should follow a run."""
-    _note(run, verbs=",".join(verbs), state="asked for", job_id=None, message="")
+    """Note what should follow a run; nothing where just that waits already."""
+    found, wanted = describe(run), ",".join(verbs)
+    if found is None or found["verbs"] != wanted or found["state"] not in _AHEAD:
+        _note(run, verbs=wanted, state="asked for", job_id=None, message="")
 
 
 def chain(run: RunDir, settings: JobSettings, job_id: str) -> None:
@@ -52,13 +55,17 @@ def chain(run: RunDir, settings: JobSettings, job_id: str) -> None:
     Raises:
         SlurmError: Slurm refused; the run's own job is not touched.
     """
-    wanted = describe(run)
-    if wanted is None or job.live(folder_of(run)):
+    wanted, folder, run_dir = describe(run), folder_of(run), str(run.path)
+    if wanted is None:
         return
-    folder, run_dir = folder_of(run), str(run.path)
+    verbs = wanted["verbs"].split(",")
+    if states := job.live(folder):
+        if [command.name for command in job.commands(folder)] == verbs:
+            return
+        job.drop(list(states))  # something else was asked for before
     cluster = job.on_one_node(settings.cluster, (), num_gpus=1)
     job.make_folder(folder, cluster)
-    to_run = [Command(verb, f"asr_train.{verb}", (run_dir,)) for verb in wanted["verbs"].split(",")]
+    to_run = [Command(verb, f"asr_train.{verb}", (run_dir,)) for verb in verbs]
     job.write_job(folder, cluster, settings.code, f"then {run.path.name}", to_run, site=settings.site)
     _wait_for(run, job_id)
 
@@ -75,7 +82,7 @@ def describe(run: RunDir) -> dict[str, Any] | None:
 def shown(run: RunDir) -> dict[str, Any] | None:
     """As `describe`, and whether a job that should wait is still there; our own files where Slurm does not answer."""
     found = describe(run)
-    if found is not None and found["state"] in ("waiting", "running"):
+    if found is not None and found["state"] in _AHEAD:
         with suppress(SlurmError):
             if not slurm.live_jobs([found["job_id"]]) and describe(run) == found:
                 return {**found, "state": "gone", "message": "its job ended without a word, or was cancelled"}
@@ -98,13 +105,17 @@ def run_task(path: Path) -> None:
     check_running(Path(read_json(folder / job.JOB)["code"]))
     if run.done.exists():
         _do(run)
-    elif (other := _living_job(run)) is not None:
-        try:
+        return
+    other = None
+    try:
+        if (other := _living_job(run)) is not None:
             _wait_for(run, other)
-        except SlurmError as error:
-            message = f"the run goes on as job {other}, which could not be waited for: {error}"
-            _note(run, state="lost", message=f"{message}\n`wavefleet submit` with --then waits for it again")
-            raise
+    except SlurmError as error:
+        where = f"goes on as job {other}, which" if other else "is not done, and a job of it"
+        message = f"the run {where} could not be waited for: {error}"
+        _note(run, state="lost", message=f"{message}\n`wavefleet submit` with --then tries it again")
+        raise
+    if other is not None:
         say(f"the run goes on as job {other}, which is waited for")
     else:
         failed = [outcome["message"] for outcome in run.outcomes().values() if outcome.get("status") == "failed"]

@@ -138,11 +138,15 @@ def test_only_what_is_pending_is_submitted_again_and_what_failed_is_said(prepare
     assert job.ended(folder, "share-3-of-7") is None
 
 
-def test_where_all_shards_are_there_one_job_makes_them_whole(prepare, pending, fake, folder):
+def test_where_all_shards_are_there_one_job_makes_them_whole(prepare, pending, fake, profile, folder, capsys):
     pending["pending"] = []
+    job.make_folder(folder, load_cluster(profile))
+    write_json(folder / "share-2-of-7.json", {"exit_code": 4})
+    (folder / "share-2-of-7.err").write_text("error: 1 of 9 rows has no file\n")
     prepare()
     assert [command.name for command in job.commands(folder)] == ["merge"]
     assert "dependency" not in fake.options("100")
+    assert "task 2 of 7 failed: 1 of 9 rows has no file" in capsys.readouterr().err
 
 
 def test_a_refused_array_leaves_nothing_behind(prepare, pending, fake, folder, capsys):

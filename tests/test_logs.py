@@ -41,10 +41,10 @@ def agent_wrote(run, job, node, text, stream="err"):
     path.write_text(text)
 
 
-def began(run, name, attempt=None, *, started=0.0, num_nodes=2):
+def began(run, name, attempt=None, *, started=0.0, num_nodes=2, per_node=2):
     """A start with its agents, and the attempt that it made."""
     hosts = tuple(f"n{node + 1}" for node in range(num_nodes))
-    start = Start(name=name, hosts=hosts, processes_per_node=2, time=started, job_id=name.partition(".")[0])
+    start = Start(name=name, hosts=hosts, processes_per_node=per_node, time=started, job_id=name.partition(".")[0])
     start.write(run)
     for node in range(num_nodes):
         start.meeting(run, node).beat()
@@ -103,19 +103,24 @@ def test_a_newer_job_is_newer_whatever_its_number(run, capsys):
 
 def test_agents_add_what_ranks_did_not_write_themselves(run, capsys):
     began(run, "7.0", 1)
-    agent_wrote(run, "7", 0, "n1, node 0 of 2: python ...\n[default0]:said by 0\ntorchrun: a worker failed\n")
+    agent_wrote(run, "7", 0, "--- 7.0 on n1 ---\nn1, node 0 of 2: python ...\n[default0]:said by 0\ntorchrun: failed\n")
     wrote(run, "7.0", 0, "said by 0\n")
     assert logs(run, capsys).splitlines() == [
         "node 0 | n1, node 0 of 2: python ...",
-        "node 0 | torchrun: a worker failed",
+        "node 0 | torchrun: failed",
         "rank 0 | said by 0",
     ]
 
 
-def test_a_single_process_has_its_agents_output(run, capsys):
-    began(run, "7.0", 1, num_nodes=1)
-    agent_wrote(run, "7", 0, "step 1\n")
-    assert logs(run, capsys) == "step 1\n"
+def test_a_single_process_writes_through_its_agent_one_start_after_the_other(run, capsys):
+    """A job that is put back into the queue appends to its file."""
+    for number in (1, 2):
+        began(run, f"7.{number - 1}", number, started=number, num_nodes=1, per_node=1)
+    first, second = "step 1\nstep 2\n", "step 3\n"
+    agent_wrote(run, "7", 0, f"srun: starting\n--- 7.0 on n1 ---\n{first}--- 7.1 on n1 ---\n{second}")
+    assert logs(run, capsys, "--attempt", "1") == first
+    assert logs(run, capsys) == second
+    assert logs(run, capsys, "--rank", "0") == second
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,25 @@ def test_asking_again_is_one_job_and_asking_later_is_possible(submit, fake, run,
     submit()
     assert sorted(fake.jobs) == ["100", "101"]
     assert fake.options("101")["dependency"] == "afterany:100"
+    assert state(run) == ("waiting", "101")
+
+
+def test_asking_for_something_else_replaces_what_waits(submit, fake, run):
+    submit("--then", "export")
+    submit("--then", "evaluate,export")
+    assert fake.jobs["101"]["state"] == "CANCELLED"
+    assert [command.name for command in job.commands(then.folder_of(run))] == ["evaluate", "export"]
+    assert state(run) == ("waiting", "102")
+
+
+def test_a_controller_that_is_down_when_it_starts_is_said(submit, fake, run, ran):
+    submit("--then", "export")
+    start(fake, "101")
+    fake.write(is_down=True)
+    with pytest.raises(SlurmError):
+        then.run_task(run.path)
+    assert state(run) == ("lost", "101")
+    assert "is not done, and a job of it could not be waited for: " in then.describe(run)["message"]
 
 
 def test_where_slurm_refuses_it_the_run_is_submitted_all_the_same(submit, fake, run, capsys):
