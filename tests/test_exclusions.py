@@ -10,8 +10,10 @@ import pytest
 
 from asr_train.errors import RecipeError
 from asr_train.files import write_json
-from launch import exclusions, nodes, slurm
+from launch import exclusions, job, nodes, slurm
+from launch.cluster import load_cluster
 from launch.exclusions import ExcludedNode
+from launch.job import Command
 from launch.slurm import SlurmError
 from launch.verdict import Exclusion, Line, Policy, Verdict
 
@@ -226,6 +228,16 @@ def test_a_job_for_which_too_few_nodes_are_left_is_refused(slurm, inside, tmp_pa
     assert exclusions.to_avoid(tmp_path, "urgent", 2) == ["n1", "n2"]
     with pytest.raises(SlurmError, match="needs 3 of the 4 nodes of batch, and n1, n2 of them are excluded"):
         exclusions.to_avoid(tmp_path, None, 3)
+
+
+def test_jobs_that_are_no_trainings_are_kept_off_them_too(slurm, inside, profile, tmp_path):
+    exclusions.add(tmp_path / "site", [bad("n1")])
+    folder, cluster = tmp_path / "job", load_cluster(profile)
+    job.make_folder(folder, cluster)
+    job.write_job(folder, cluster, Path.cwd(), "it", [Command("it", "json.tool", ())], site=tmp_path / "site")
+    (job_id,) = job.hold(folder, [job.task(folder, "it")])
+    assert slurm.job(job_id)["ExcNodeList"] == "n1"
+    job.drop([job_id])
 
 
 def task(tmp_path, call):

@@ -290,7 +290,9 @@ def job_folder(tmp_path, profile):
     def make(*arguments, module="json.tool"):
         folder = tmp_path / "jobs" / "it"
         job.make_folder(folder, load_cluster(profile))
-        job.write_job(folder, load_cluster(profile), ROOT, "it", [Command("it", module, arguments)])
+        job.write_job(
+            folder, load_cluster(profile), ROOT, "it", [Command("it", module, arguments)], site=tmp_path / "site"
+        )
         return folder
 
     return make
