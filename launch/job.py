@@ -20,7 +20,7 @@ from typing import Any
 from asr_train.errors import EXIT_DONE, RunError, WavefleetError, say
 from asr_train.files import hash_json, read_json, write_json
 from asr_train.lock import HeartbeatLock, LockHeldError
-from launch import slurm
+from launch import exclusions, slurm
 from launch.child import run_child
 from launch.cluster_config import Cluster
 from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
@@ -111,12 +111,13 @@ def batch_text(cluster: Cluster, folder: Path, job_name: str, *, num_tasks: int 
     return sbatch_text(parameters, slurm_folder, command)
 
 
-def write_job(folder: Path, cluster: Cluster, code: Path, job_name: str, to_run: Sequence[Command]) -> None:
+def write_job(folder: Path, cluster: Cluster, site: Path, code: Path, job_name: str, to_run: Sequence[Command]) -> None:
     """Write down what the folder's jobs run, where they run it, and what Slurm is asked for; earlier results go."""
     content = {
         "commands": [asdict(command) for command in to_run],
         "cwd": str(Path.cwd()),
         "code": str(code),
+        "site": str(site),  # where this cluster's excluded nodes are
         "python": python_command(cluster),
         "parameters": parameters_of(cluster, folder, code, job_name),
     }
@@ -167,6 +168,8 @@ def hold(folder: Path, tasks: Sequence[Task], *, after: str | None = None) -> li
 
     job = read_json(folder / JOB)
     parameters = dict(job["parameters"])
+    if excluded := exclusions.to_avoid(Path(job["site"]), parameters.get("partition"), num_nodes=1):
+        parameters["exclude"] = ",".join(excluded)
     if after is not None:
         parameters["dependency"] = after
         parameters["additional_parameters"] = {**parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}

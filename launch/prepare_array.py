@@ -19,7 +19,7 @@ from asr_train.errors import EXIT_DONE, RecipeError, say
 from asr_train.files import write_text
 from asr_train.recipe import dump_recipe, load_recipe
 from launch import hub_cache, job, snapshot
-from launch.cluster import load_cluster, split_changes
+from launch.cluster import load_cluster, site_folder, split_changes
 from launch.cluster_config import Cluster
 from launch.hub_cache import online
 from launch.job import Command
@@ -57,11 +57,12 @@ def main(argv: Sequence[str]) -> int:
         elif found["state"] == "busy":
             print(f"{corpus} is being prepared by {found['who']}")
         else:
-            _submit(recipe, cluster, corpus, found["pending"], options.tasks)
+            site = site_folder(cluster, options.cluster)
+            _submit(recipe, cluster, site, corpus, found["pending"], options.tasks)
     return EXIT_DONE
 
 
-def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[int], num_tasks: int) -> None:
+def _submit(recipe: Recipe, cluster: Cluster, site: Path, corpus: Path, pending: Sequence[int], num_tasks: int) -> None:
     """Submit the shares that are pending, and what makes a corpus of them."""
     folder = _folder(corpus)
     for number in range(1, num_tasks + 1):
@@ -78,7 +79,7 @@ def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[in
     ]
     merge = Command(_MERGE, "asr_train.prepare", (str(recipe_file),))
     code = snapshot.take(folder / "code")
-    job.write_job(folder, cluster, code, f"prepare {recipe.name}", [*shares, merge])
+    job.write_job(folder, cluster, site, code, f"prepare {recipe.name}", [*shares, merge])
     arrays = job.hold(folder, [job.task(folder, share.name) for share in shares]) if shares else []
     try:
         after = f"afterok:{':'.join(arrays)}" if arrays else None

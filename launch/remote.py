@@ -16,7 +16,7 @@ from typing import TextIO
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, RunError, say
 from asr_train.files import hash_json
 from launch import job, slurm, snapshot
-from launch.cluster import load_cluster
+from launch.cluster import load_cluster, site_folder
 from launch.job import Command
 from launch.slurm import JobState, SlurmError
 
@@ -54,7 +54,9 @@ def _run(verb: str, argv: Sequence[str]) -> int:
             say(f"{job.shown(states)} already; {_where(folder, verb)}")
         else:
             code = snapshot.take(folder / "code")
-            job.write_job(folder, cluster, code, name, [Command(verb, f"asr_train.{verb}", arguments)])
+            site = site_folder(cluster, options.cluster)
+            command = Command(verb, f"asr_train.{verb}", arguments)
+            job.write_job(folder, cluster, site, code, name, [command])
             (job_id,) = job.hold(folder, [job.task(folder, verb)])
             job.release(folder, [job_id])
             say(f"submitted as job {job_id}; {_where(folder, verb)}")
