@@ -111,19 +111,14 @@ def batch_text(cluster: Cluster, folder: Path, job_name: str, *, num_tasks: int 
     return sbatch_text(parameters, slurm_folder, command)
 
 
-def write_job(
-    folder: Path, cluster: Cluster, code: Path, job_name: str, to_run: Sequence[Command], *, site: Path
-) -> None:
-    """Write down what the folder's jobs run, where they run it, and what Slurm is asked for; earlier results go.
-
-    `site` is the folder of what is learned of the cluster, the nodes that jobs are kept off among it.
-    """
+def write_job(folder: Path, cluster: Cluster, site: Path, code: Path, job_name: str, to_run: Sequence[Command]) -> None:
+    """Write down what the folder's jobs run, where they run it, and what Slurm is asked for; earlier results go."""
     content = {
         "commands": [asdict(command) for command in to_run],
         "cwd": str(Path.cwd()),
         "code": str(code),
+        "site": str(site),  # where this cluster's excluded nodes are
         "python": python_command(cluster),
-        "site": str(site),
         "parameters": parameters_of(cluster, folder, code, job_name),
     }
     for command in to_run:
@@ -173,8 +168,8 @@ def hold(folder: Path, tasks: Sequence[Task], *, after: str | None = None) -> li
 
     job = read_json(folder / JOB)
     parameters = dict(job["parameters"])
-    if avoided := exclusions.to_avoid(Path(job["site"]), parameters.get("partition"), 1):
-        parameters["exclude"] = ",".join(avoided)
+    if excluded := exclusions.to_avoid(Path(job["site"]), parameters.get("partition"), num_nodes=1):
+        parameters["exclude"] = ",".join(excluded)
     if after is not None:
         parameters["dependency"] = after
         parameters["additional_parameters"] = {**parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}

@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"{corpus} is being prepared by {found['who']}")
         else:
             site = site_folder(cluster, options.cluster)
-            _submit(recipe, cluster, corpus, found["pending"], options.tasks, site)
+            _submit(recipe, cluster, site, corpus, found["pending"], options.tasks)
     return EXIT_DONE
 
 
-def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[int], num_tasks: int, site: Path) -> None:
+def _submit(recipe: Recipe, cluster: Cluster, site: Path, corpus: Path, pending: Sequence[int], num_tasks: int) -> None:
     """Submit the shares that are pending, and what makes a corpus of them."""
     folder = _folder(corpus)
     for number in range(1, num_tasks + 1):
@@ -79,7 +79,7 @@ def _submit(recipe: Recipe, cluster: Cluster, corpus: Path, pending: Sequence[in
     ]
     merge = Command(_MERGE, "asr_train.prepare", (str(recipe_file),))
     code = snapshot.take(folder / "code")
-    job.write_job(folder, cluster, code, f"prepare {recipe.name}", [*shares, merge], site=site)
+    job.write_job(folder, cluster, site, code, f"prepare {recipe.name}", [*shares, merge])
     arrays = job.hold(folder, [job.task(folder, share.name) for share in shares]) if shares else []
     try:
         after = f"afterok:{':'.join(arrays)}" if arrays else None

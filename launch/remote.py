@@ -55,7 +55,8 @@ def _run(verb: str, argv: Sequence[str]) -> int:
         else:
             code = snapshot.take(folder / "code")
             site = site_folder(cluster, options.cluster)
-            job.write_job(folder, cluster, code, name, [Command(verb, f"asr_train.{verb}", arguments)], site=site)
+            command = Command(verb, f"asr_train.{verb}", arguments)
+            job.write_job(folder, cluster, site, code, name, [command])
             (job_id,) = job.hold(folder, [job.task(folder, verb)])
             job.release(folder, [job_id])
             say(f"submitted as job {job_id}; {_where(folder, verb)}")

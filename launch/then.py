@@ -66,7 +66,7 @@ def chain(run: RunDir, settings: JobSettings, job_id: str) -> None:
     cluster = job.on_one_node(settings.cluster, (), num_gpus=1)
     job.make_folder(folder, cluster)
     to_run = [Command(verb, f"asr_train.{verb}", (run_dir,)) for verb in verbs]
-    job.write_job(folder, cluster, settings.code, f"then {run.path.name}", to_run, site=settings.site)
+    job.write_job(folder, cluster, settings.site, settings.code, f"then {run.path.name}", to_run)
     _wait_for(run, job_id)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = Path(__file__)
-NAMES = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sacct")
+NAMES = ("sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel", "sacct")
 
 
 class FakeSlurm:
@@ -113,6 +113,12 @@ def _scontrol(state, options, words):
 def _scancel(state, options, words):
     for job in words:
         state["jobs"][job]["state"] = "CANCELLED"
+
+
+def _sinfo(state, options, words):
+    nodes = [{"%N": name, "%T": "idle", "%E": "none", "%P": "batch*"} for name in ("n1", "n2")]
+    for node in nodes:
+        print("|".join(node[word] for word in options["format"].split("|")))
 
 
 def _srun(state, options, words):

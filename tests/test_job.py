@@ -17,7 +17,7 @@ from asr_train.errors import RecipeError
 from asr_train.files import read_json, write_json
 from asr_train.lock import HeartbeatLock
 from asr_train.recipe import dump_recipe
-from launch import cli, job, prepare_array, remote, slurm
+from launch import cli, exclusions, job, prepare_array, remote, slurm
 from launch.cluster import load_cluster
 from launch.job import Command
 from launch.slurm import SlurmError
@@ -290,9 +290,7 @@ def job_folder(tmp_path, profile):
     def make(*arguments, module="json.tool"):
         folder = tmp_path / "jobs" / "it"
         job.make_folder(folder, load_cluster(profile))
-        job.write_job(
-            folder, load_cluster(profile), ROOT, "it", [Command("it", module, arguments)], site=tmp_path / "site"
-        )
+        job.write_job(folder, load_cluster(profile), tmp_path / "site", ROOT, "it", [Command("it", module, arguments)])
         return folder
 
     return make
@@ -399,6 +397,15 @@ def test_what_sbatch_would_misread_is_refused_before_it_is_asked(fake, profile, 
         job.parameters_of(cluster, tmp_path / "50%", ROOT, "it")
     with pytest.raises(RecipeError, match="backslash"):
         job.parameters_of(cluster, tmp_path, ROOT, "a\\b")
+
+
+def test_jobs_are_kept_off_excluded_nodes_also_those_that_were_excluded_since(fake, job_folder, tmp_path):
+    folder = job_folder("x")
+    job.hold(folder, [job.task(folder, "it")])
+    lost = {"since": time.time(), "until": time.time() + 60, "reason": "lost a GPU"}
+    exclusions.add(tmp_path / "site", [exclusions.ExcludedNode(host=host, **lost) for host in ("n2", "forgotten")])
+    job.hold(folder, [job.task(folder, "it")])
+    assert [fake.options(job_id).get("exclude") for job_id in ("100", "101")] == [None, "n2"]
 
 
 def test_slurm_that_does_not_answer_is_an_error_with_its_words(fake, job_folder):
