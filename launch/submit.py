@@ -25,7 +25,7 @@ from launch import slurm, snapshot
 from launch.cluster import load_cluster
 from launch.cluster_config import Cluster
 from launch.runs import open_run
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.sbatch import last_word, python_command, sbatch_text, submitit_parameters
 from launch.settings import JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import retried
@@ -243,7 +243,11 @@ def _parameters(run: RunDir, settings: JobSettings, exclude: Sequence[str], afte
     )
     # the working directory comes first among Python's paths: it must be the run's own code too
     parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": code}
-    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(code)}"]
+    parameters["setup"] = [
+        *parameters.get("setup", []),
+        f"export PYTHONPATH={shlex.quote(code)}",
+        *last_word(cluster, run.path),
+    ]
     return parameters
 
 
