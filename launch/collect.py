@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,13 @@ _TAIL_BYTES = 16_384
 
 
 def conclude(
-    run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0, policy: Policy = DEFAULT_POLICY
+    run: RunDir,
+    start: Start,
+    *,
+    slurm_state: str | None = None,
+    down_hosts: Sequence[str] = (),
+    wait_s: float = 0.0,
+    policy: Policy = DEFAULT_POLICY,
 ) -> Verdict:
     """Judge a start that ended, and write the verdict down.
 
@@ -26,15 +32,24 @@ def conclude(
         run: whose start it is.
         start: the start.
         slurm_state: of its job.
+        down_hosts: those of its nodes that Slurm calls down.
         wait_s: how long to wait for nodes that have not said how they ended.
         policy: how often to try.
     """
-    verdict = judge(evidence(run, start, slurm_state=slurm_state, wait_s=wait_s), history(run), policy)
+    found = evidence(run, start, slurm_state=slurm_state, down_hosts=down_hosts, wait_s=wait_s)
+    verdict = judge(found, history(run), policy)
     write_verdict(run, start, verdict)
     return verdict
 
 
-def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0) -> Evidence:
+def evidence(
+    run: RunDir,
+    start: Start,
+    *,
+    slurm_state: str | None = None,
+    down_hosts: Sequence[str] = (),
+    wait_s: float = 0.0,
+) -> Evidence:
     """What is known of a start that ended."""
     reports = start.meeting(run, 0).reports(wait_s)
     attempt = start.attempt(run)
@@ -50,6 +65,7 @@ def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_
         ranks=run.outcomes(attempt) if attempt is not None else {},
         nodes={host: _node(run, start, node, reports.get(node)) for node, host in enumerate(start.hosts)},
         slurm_state=slurm_state,
+        down_hosts=tuple(down_hosts),
         stop_reason=first.get("stopped_by"),
         stop_time=first.get("stop_time"),
         resumed_step=_step(record.get("resumed_from")),

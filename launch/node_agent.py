@@ -131,11 +131,12 @@ def _judge_before(node: _Node) -> None:
     before = next((start for start in reversed(starts(node.run)) if start.name != node.start.name), None)
     if before is None or before.name in {line["start"] for line in verdicts(node.run)}:
         return
+    down: Sequence[str] = ()
     if before.job_id == node.job_id:
-        state = _state_of_requeue(before.hosts)
+        state, down = _why_requeued(before.hosts)
     else:
         state = _slurm_state(before.job_id).state if before.job_id else ""
-    verdict = conclude(node.run, before, slurm_state=state or None)
+    verdict = conclude(node.run, before, slurm_state=state or None, down_hosts=down)
     say(f"the start before ended so: {verdict.kind}: {verdict.message}")
 
 
@@ -232,9 +233,9 @@ def _end(node: _Node) -> Verdict:
     """Node 0: wait for the other nodes, decide what comes next, and do it."""
     run = node.run
     job = _slurm_state(node.job_id)
-    state = _state_of_requeue(node.start.hosts) if job.restarts > node.restarts else job.state
+    state, down = _why_requeued(node.start.hosts) if job.restarts > node.restarts else (job.state, ())
     wait_s = _HASTY_REPORT_S if node.signals.first == signal.SIGTERM else _REPORT_S
-    verdict = conclude(run, node.start, slurm_state=state or None, wait_s=wait_s)
+    verdict = conclude(run, node.start, slurm_state=state or None, down_hosts=down, wait_s=wait_s)
     if node.signals.first is not None:
         (run.control / "stop").unlink(missing_ok=True)
     say(f"{verdict.kind}: {verdict.message}")
@@ -247,9 +248,10 @@ def _end(node: _Node) -> Verdict:
     return verdict
 
 
-def _state_of_requeue(hosts: Sequence[str]) -> str:
-    """Why Slurm itself put a job back into the queue, as the state that sacct would show."""
-    return "NODE_FAIL" if slurm.unusable(hosts) else "PREEMPTED"
+def _why_requeued(hosts: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Why Slurm itself put a job back into the queue, as a state that sacct would show; the nodes that are down."""
+    down = slurm.unusable(hosts)
+    return ("NODE_FAIL" if down else "PREEMPTED"), down
 
 
 if __name__ == "__main__":

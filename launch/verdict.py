@@ -60,6 +60,7 @@ class Evidence:
         ranks: rank -> what it wrote about its end, as read from outcome/.
         nodes: host -> its report; all nodes of the attempt, also those that said nothing.
         slurm_state: as squeue or sacct have it; None without Slurm.
+        down_hosts: nodes that Slurm calls down; where there are any, the others' agents were ended with the job.
         cancelled_by: who called scancel, if that is known.
         stop_reason: what the agents were asked to stop by: `user`, `control/stop`, `time limit`, `limits.max_time_s`,
             `preempted`, or a signal's name when nothing better is known. Not the request that an agent itself wrote.
@@ -78,6 +79,7 @@ class Evidence:
     ranks: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     nodes: Mapping[str, NodeReport] = field(default_factory=dict)
     slurm_state: str | None = None
+    down_hosts: tuple[str, ...] = ()
     cancelled_by: str | None = None
     stop_reason: str | None = None
     stop_time: float | None = None

@@ -9,11 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import pytest
+from ranks import run_ranks
 from test_runs import assert_close, losses, trained_ids
 
 from asr_train.files import read_json, read_jsonl
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir
+from asr_train.train import train
 
 WAVEFLEET = [sys.executable, "-m", "launch.cli"]
 WAIT_S = 300  # for what takes a minute at most on a machine that has nothing else to do
@@ -27,18 +30,19 @@ class Survivor:
         self.path = Path(recipe.run_dir)
         self.run = RunDir(self.path)
         self.recipe_file = self.path.with_suffix(".yaml")
+        self.path.parent.mkdir(exist_ok=True)
         self.recipe_file.write_text(dump_recipe(recipe))
 
     # What a user does
 
     def wavefleet(self, *arguments, code=0):
-        """What a command prints."""
+        """What a command prints, and says."""
         environ = {**self.cluster.environ, "PYTHONPATH": str(Path.cwd())}
         done = subprocess.run(
             [*WAVEFLEET, *map(str, arguments)], env=environ, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr
+        return done.stdout if "--json" in arguments else done.stdout + done.stderr
 
     def submit(self, *arguments):
         self.wavefleet("submit", self.recipe_file, "--cluster", self.profile, *arguments)
@@ -49,6 +53,12 @@ class Survivor:
 
     def why(self):
         return self.wavefleet("why", self.path)
+
+    def reconcile(self, *options):
+        """What is to be done about each run of the folder."""
+        return [
+            found["action"] for found in json.loads(self.wavefleet("reconcile", self.path.parent, "--json", *options))
+        ]
 
     # What happens
 
@@ -120,14 +130,74 @@ class Survivor:
 
     # How it ended
 
-    def ends_as(self, expected, relative=1e-5):
+    def ends_as(self, expected, relative=1e-5, max_steps=None):
         """Wait for its end; every step has the loss and the utterances that it has in a run without interruptions."""
         self.until(lambda: self.run.done.exists() and self.verdicts() and self.verdicts()[-1]["kind"] == "done")
         made = losses(self.run)
-        assert max(made) == self.recipe.max_steps
+        assert max(made) == (max_steps or self.recipe.max_steps)
         assert_close(made, {step: loss for step, loss in losses(expected).items() if step in made}, relative)
         epoch_of = {line["step"]: line["epoch"] for line in self.lines()}
         ids = trained_ids(self.run)
         assert ids == {step: found for step, found in trained_ids(expected).items() if step in made}
         seen = Counter((epoch_of[step], name) for step, names in ids.items() for name in names)
         assert set(seen.values()) == {1}
+
+
+# Fixtures, for those who import them
+
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe, tiny_corpus):
+    """A recipe that saves after every step, so that steps are slow enough for things to happen between them."""
+
+    def make(folder, **changes):
+        values = {
+            "run_dir": str(folder),
+            "max_steps": STEPS,
+            "unit_audio_s": 3,
+            "units_per_step": 2,
+            "num_workers": 0,
+            "optim.schedule": "constant",
+            "checkpoint": {"every": "1", "asynchronous": False},
+            "log": {"every": 1, "trained_ids": True},
+        }
+        return tiny_recipe(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(recipe, tmp_path_factory):
+    """A function: number of steps -> a run of so many that nothing happened to."""
+
+    def make(max_steps=STEPS, **changes):
+        folder = tmp_path_factory.mktemp("reference") / "run"
+        whole = recipe(folder, **{"max_steps": max_steps, "checkpoint": {"every": None}, **changes})
+        assert run_ranks(2, train, whole, timeout_s=600) == [0, 0]
+        return RunDir(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(reference):
+    return reference(STEPS)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    (folder / "small.yaml").write_text(
+        "nodes: 2\ngpus_per_node: 0\ncpus_per_node: 1\ntime: 60\nsignal_lead_s: 60\nprocesses_per_node: 1\n"
+        f"sbatch: {{exclusive: true}}\nshared: {folder / 'learned'}\n"
+        "environment: {OMP_NUM_THREADS: 1, TOKENIZERS_PARALLELISM: 'false'}\n"
+    )
+    return folder / "small.yaml"
+
+
+@pytest.fixture
+def survivor(slurm, profile, recipe, tmp_path):
+    """A function: changes of the recipe -> a run that is not submitted yet."""
+    return lambda **changes: Survivor(slurm, profile, recipe(tmp_path / "run", **changes))
