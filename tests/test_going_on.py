@@ -10,7 +10,7 @@ import pytest
 
 from asr_train.files import write_json
 from asr_train.run_dir import RunDir
-from launch import continuation, last_word, slurm, starts
+from launch import cli, continuation, last_word, slurm, starts, status
 from launch.child import Signals
 from launch.cluster import load_cluster
 from launch.node_agent import _Watch
@@ -143,6 +143,29 @@ def test_nothing_is_said_for_the_start_before(site, monkeypatch):
     site.start()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert site.speaks() == []
+
+
+def test_cancel_ends_a_job_that_is_on_its_way_back_into_the_queue_too(site, monkeypatch, capsys):
+    """scancel says nothing there, and the job comes back."""
+    site.start(GOES_ON)
+    entry = {"job_id": "7", "cluster": "test", "num_nodes": 2, "submitted": 2.0, "code": "/code"}
+    write_json(site.run.path / "jobs" / "7.json", entry)
+    states = ["COMPLETING", "COMPLETING", "PENDING", "CANCELLED"]
+    monkeypatch.setattr(slurm, "job_state", lambda job_id: JobState(states.pop(0), restarts=1))
+    monkeypatch.setattr(slurm, "cancel", lambda job_id: site.asked.append(f"cancel {states[0]}"))
+    monkeypatch.setattr(status, "_POLL_S", 0.0)
+    assert cli.main(["cancel", str(site.run.path)]) == 0
+    assert site.asked == ["cancel COMPLETING", "cancel PENDING", "cancel CANCELLED"]
+    assert "job 7 cancelled" in capsys.readouterr().out
+
+
+def test_cancel_does_not_wait_for_a_job_that_takes_its_time_to_end(site, monkeypatch):
+    site.start()
+    entry = {"job_id": "7", "cluster": "test", "num_nodes": 2, "submitted": 2.0, "code": "/code"}
+    write_json(site.run.path / "jobs" / "7.json", entry)
+    monkeypatch.setattr(slurm, "cancel", site.asked.append)
+    assert cli.main(["cancel", str(site.run.path)]) == 0
+    assert site.asked == ["7"]
 
 
 @pytest.mark.parametrize(
