@@ -88,7 +88,7 @@ def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_
         down_hosts=tuple(slurm.unusable(start.hosts)) if start.job_id is not None else (),
         stop_reason=first.get("stopped_by"),
         stop_time=first.get("stop_time"),
-        resumed_step=_step(record.get("resumed_from")),
+        resumed_step=_step(record.get("resumed_from")) if lines else _newest_step(run),
         committed_step=_step(record.get("committed")),
         last_step=max((line["step"] for line in lines if "step" in line), default=None),
         is_done=run.done.exists(),
@@ -109,6 +109,12 @@ def _node(run: RunDir, start: Start, node: int, report: Mapping[str, Any] | None
         ranks=tuple(start.ranks(node)),
         tail=_agent_output(run, start, node),
     )
+
+
+def _newest_step(run: RunDir) -> int | None:
+    """Of the newest checkpoint, for an attempt that did not live to look for it."""
+    whole = checkpoints.whole(run.checkpoints)
+    return whole[-1].step if whole else None
 
 
 def _step(name: str | None) -> int | None:

@@ -188,7 +188,8 @@ def test_ranks_that_do_not_end_after_the_warning_are_ended_in_time_for_going_on(
     signals = Signals()
     meeting = SimpleNamespace(beat=lambda: None)
     settings = replace(site.settings, cluster=replace(site.settings.cluster, signal_lead_s=lead_s))
-    watch = _Watch(SimpleNamespace(run=site.run, settings=settings, signals=signals, meeting=meeting))
+    node = SimpleNamespace(run=site.run, settings=settings, signals=signals, meeting=meeting)
+    watch = _Watch(node, SimpleNamespace(look=lambda: False))
     assert not watch(None)
     signals.first, signals.time = signal.SIGUSR2, time.time() - waits_s + 5
     assert not watch(None)

@@ -68,7 +68,7 @@ def poisoned(recipe, tmp_path_factory):
     plain = recipe(folder / "run", **data)
     model = build_model(plain, prepare(plain, progress=False).vocabulary, say=lambda _: None)
     weights = {name: tensor.clone().contiguous() for name, tensor in model.hf.state_dict().items()}
-    weights["wav2vec2.feature_extractor.conv_layers.0.conv.weight"] *= 5e36
+    weights["wav2vec2.feature_extractor.conv_layers.0.conv.weight"] *= 2e18
     (folder / "weights").mkdir()
     save_file(weights, folder / "weights" / "model.safetensors")
     return {**data, "model.init_from": str(folder / "weights")}
