@@ -10,10 +10,10 @@ import psutil
 import asr_train
 from asr_train.config import Recipe
 from asr_train.data.world_size import check_world_size
-from asr_train.errors import say
+from asr_train.errors import EXIT_DONE, say
 from asr_train.run_dir import RunDir
 from launch import cluster as profiles
-from launch import slurm, snapshot
+from launch import last_word, slurm, snapshot
 from launch.child import Signals, nobody, run_child
 from launch.cluster_config import Cluster
 from launch.requests import ask
@@ -73,6 +73,8 @@ def train(run: RunDir, recipe: Recipe, *, accelerate: str | None, processes: int
             return False
 
         ended = run_child(command, env=environ, cwd=code, receivers=nobody, signals=signals, is_over=pass_on)
+        if ended.exit_code != EXIT_DONE and signals.first is None:
+            last_word.speak(run, job_id, signals)
     return ended.exit_code
 
 

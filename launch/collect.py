@@ -24,7 +24,12 @@ _TAIL_BYTES = 16_384
 
 
 def conclude(
-    run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0, policy: Policy = DEFAULT_POLICY
+    run: RunDir,
+    start: Start,
+    *,
+    slurm_state: str | None = None,
+    wait_s: float = 0.0,
+    policy: Policy = DEFAULT_POLICY,
 ) -> Verdict:
     """Judge a start that ended, and write the verdict down.
 

@@ -18,7 +18,9 @@ _POLL_S = 0.1
 _END_S = 60.0  # for Slurm to end a job that was put back into the queue
 
 
-def go_on(run: RunDir, settings: JobSettings, job_id: str, verdict: Verdict, signals: Signals) -> bool:
+def go_on(
+    run: RunDir, settings: JobSettings, job_id: str, verdict: Verdict, signals: Signals, *, restarts: int
+) -> bool:
     """See to it that another job follows; whether one does.
 
     Args:
@@ -27,12 +29,21 @@ def go_on(run: RunDir, settings: JobSettings, job_id: str, verdict: Verdict, sig
         job_id: the job that this is called from.
         verdict: on the attempt that ended; says how long to wait, and which nodes to avoid.
         signals: of this process; Slurm ends it by one when it puts the job back.
+        restarts: how often the job had been put back into the queue when this began.
     """
     exclude = sorted(entry.host for entry in verdict.exclude_hosts)
 
     def requeue() -> None:
-        if slurm.job_state(job_id).state == "RUNNING":  # else Slurm has put it back by itself, or ended it
-            slurm.requeue(job_id, exclude=avoided(settings, exclude), begin_in_s=verdict.wait_s)
+        job = slurm.job_state(job_id)
+        if job.state == "RUNNING":
+            try:
+                slurm.requeue(job_id, exclude=avoided(settings, exclude), begin_in_s=verdict.wait_s)
+            except SlurmError as error:
+                if error.is_silence or slurm.job_state(job_id).restarts == restarts:
+                    raise
+                say(str(error))  # it is in the queue all the same, and another job would be one too many
+        elif job.restarts == restarts:  # else Slurm has put it back by itself
+            raise SlurmError(f"job {job_id} is {job.state} and cannot be put back into the queue")
 
     def successor() -> None:
         new = submit(run, settings, exclude=exclude, after=job_id, begin_in_s=verdict.wait_s)

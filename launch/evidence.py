@@ -123,6 +123,8 @@ def _ended_by(evidence: Evidence, mute_hosts: tuple[str, ...]) -> EndedBy | None
         return by_state[state]
     if state in (*NODE_STATES, "OUT_OF_MEMORY"):  # Slurm sends signals then, too
         return None
+    if mute_hosts and reason == "SIGTERM":
+        return None  # an agent that dies takes its step along
     if not reason:
         if mute_hosts or any(signal_in(node.exit_code) for node in evidence.nodes.values()):
             return None  # ranks whose launcher dies stop as if they had been asked

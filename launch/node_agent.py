@@ -42,6 +42,8 @@ from launch.verdict import Verdict
 
 _MEET_S = 120.0  # for node 0 to say where to meet
 _REPORT_S = 120.0  # for all nodes to say how they ended, after the first did
+_HASTY_REPORT_S = 5.0  # where Slurm ends them: SIGKILL follows SIGTERM, by default after 30 s
+_MAX_RESERVE_S = 60.0  # of the time that the warning signal leaves: to judge, and to put the job back
 _BEAT_S = 5.0
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -138,8 +140,8 @@ def _judge_before(node: _Node) -> None:
     before = next((start for start in reversed(starts(node.run)) if start.name != node.start.name), None)
     if before is None or before.name in {line["start"] for line in verdicts(node.run)}:
         return
-    if before.job_id == node.job_id:  # Slurm itself put the job back into the queue
-        state = "NODE_FAIL" if slurm.unusable(before.hosts) else "PREEMPTED"
+    if before.job_id == node.job_id:
+        state = _why_requeued(before.hosts)
     else:
         state = _slurm_state(before.job_id).state if before.job_id else ""
     verdict = conclude(node.run, before, slurm_state=state or None)
@@ -234,6 +236,8 @@ class _Watch:
     def __init__(self, node: _Node, hang_watch: HangWatch) -> None:
         self._node, self._hang_watch = node, hang_watch
         self._next_beat_s = 0.0
+        lead_s = node.settings.cluster.signal_lead_s
+        self._grace_s = lead_s - min(lead_s / 3, _MAX_RESERVE_S)
 
     def __call__(self, child: psutil.Process) -> bool:
         node, now_s = self._node, time.monotonic()
@@ -242,7 +246,15 @@ class _Watch:
             node.meeting.beat()
         if node.signals.first is not None:
             ask(node.run, "stop")  # again and again, for an attempt that is just starting forgets old requests
+        if self._is_too_late():
+            say("the ranks have not saved and ended in time; they are ended, so that the job can go on")
+            return True
         return self._hang_watch.look()
+
+    def _is_too_late(self) -> bool:
+        """Whether what is left between the warning signal and the limit is needed for going on."""
+        signals = self._node.signals
+        return signals.first in _WARNINGS and time.time() - (signals.time or 0.0) > self._grace_s
 
 
 def training_environment(cluster: Cluster, start: str) -> dict[str, str]:
@@ -263,6 +275,8 @@ def _stop_reason(node: _Node) -> str | None:
     if number is None:
         return None
     job = _slurm_state(node.job_id)
+    if job.is_overdue:
+        return "time limit"
     if job.is_preempted or job.restarts > node.restarts:  # it is in the queue again, and nobody here put it there
         return "preempted"
     if number in _WARNINGS:
@@ -280,16 +294,25 @@ def _slurm_state(job_id: str) -> JobState:
 def _end(node: _Node) -> Verdict:
     """Node 0: wait for the other nodes, decide what comes next, and do it."""
     run = node.run
-    state = _slurm_state(node.job_id).state
-    verdict = conclude(run, node.start, slurm_state=state or None, wait_s=_REPORT_S)
+    job = _slurm_state(node.job_id)
+    state = _why_requeued(node.start.hosts) if job.restarts > node.restarts else job.state
+    wait_s = _HASTY_REPORT_S if node.signals.first == signal.SIGTERM else _REPORT_S
+    verdict = conclude(run, node.start, slurm_state=state or None, wait_s=wait_s)
     if node.signals.first is not None:
         (run.control / "stop").unlink(missing_ok=True)
     say(f"{verdict.kind}: {verdict.message}")
     node.meeting.decide()
     wanted = verdict.goes_on and node.settings.continuation != "none"
-    if not (wanted and continuation.go_on(run, node.settings, node.job_id, verdict, node.signals)):
+    if not (
+        wanted and continuation.go_on(run, node.settings, node.job_id, verdict, node.signals, restarts=node.restarts)
+    ):
         notify(run, verdict)
     return verdict
+
+
+def _why_requeued(hosts: Sequence[str]) -> str:
+    """Why Slurm itself put a job back into the queue, as a state that sacct would show."""
+    return "NODE_FAIL" if slurm.unusable(hosts) else "PREEMPTED"
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _node_failure(attempt: Attempt) -> Finding | None:
         return None
     if attempt.ended_by is not None and not is_said and not lost_before_the_end(attempt):
         return None  # agents that are ended with their job say nothing
-    hosts = tuple(host for host in attempt.mute_hosts if host in evidence.down_hosts) or attempt.mute_hosts
+    hosts = evidence.down_hosts or attempt.mute_hosts
     is_known = len(hosts) < len(evidence.nodes) or len(evidence.nodes) == 1  # agents that end with their job are mute
     reason = f"Slurm: {state}" if is_said else "its agent said nothing at its end"
     return Finding(

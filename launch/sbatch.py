@@ -133,6 +133,13 @@ def without_slurm_variables() -> Iterator[None]:
         os.environ.update(removed)
 
 
+def last_word(cluster: Cluster, run_dir: Path) -> list[str]:
+    """Set-up lines that call `launch.last_word` when srun fails, unless Slurm is ending the job itself."""
+    command = f"{python_command(cluster)} -m launch.last_word {shlex.quote(str(run_dir))}"
+    then = f'code=$?; [ $code = 0 ] || [ "$ended" ] || {command} || true; exit $code'
+    return ["ended=", "trap ended=1 TERM", f"trap {shlex.quote(then)} EXIT"]
+
+
 def _gres(cluster: Cluster) -> str | None:
     if cluster.gpus_per_node == 0:
         return None

@@ -51,6 +51,7 @@ class JobState:
         nodes: hosts, in Slurm's short form.
         restarts: how often it was requeued.
         is_preempted: it is being ended for a more urgent one.
+        is_overdue: it ran as long as it may.
     """
 
     state: str
@@ -59,6 +60,7 @@ class JobState:
     nodes: str = ""
     restarts: int = 0
     is_preempted: bool = False
+    is_overdue: bool = False
 
     @property
     def is_live(self) -> bool:
@@ -118,7 +120,23 @@ def job_state(job_id: str) -> JobState:
         nodes,
         restarts=int(more.get("Restarts", 0)),
         is_preempted=more.get("PreemptTime", "None") != "None",
+        is_overdue=_is_overdue(more),
     )
+
+
+def _is_overdue(job: Mapping[str, str]) -> bool:
+    """Whether a job has run for its whole time; a state that is COMPLETING does not say why."""
+    ran_s, limit_s = (_seconds(job.get(name, "")) for name in ("RunTime", "TimeLimit"))
+    return ran_s is not None and limit_s is not None and ran_s >= limit_s
+
+
+def _seconds(text: str) -> int | None:
+    """`1-02:03:04` in seconds; None for UNLIMITED and the like."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(number or 0) for number in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def details(job_id: str) -> dict[str, str]:

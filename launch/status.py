@@ -26,6 +26,9 @@ from launch.slurm import SlurmError
 from launch.starts import Start, history, starts, verdicts
 from launch.submit import submissions
 
+_REQUEUE_S = 180.0  # for a job to be back in the queue; it takes longer the longer Slurm's KillWait is
+_POLL_S = 1.0
+
 
 def status(argv: Sequence[str]) -> int:
     """Print how one run is."""
@@ -107,9 +110,25 @@ def cancel(argv: Sequence[str]) -> int:
     if not live:
         raise RunError(f"{run.path} has no job in Slurm; there is nothing to cancel")
     for entry in live:
-        slurm.cancel(entry.job_id)
+        _cancel(run, entry.job_id)
         print(f"{run.path}: job {entry.job_id} cancelled")
     return EXIT_DONE
+
+
+def _cancel(run: RunDir, job_id: str) -> None:
+    """Cancel a job; again and again where it is on its way back into the queue, for there scancel passes it over.
+
+    Raises:
+        RunError: it did not arrive there.
+    """
+    begun = [int(start.name.split(".")[1]) for start in starts(run) if start.job_id == job_id]
+    until = time.monotonic() + _REQUEUE_S
+    slurm.cancel(job_id)
+    while (job := slurm.job_state(job_id)).is_live and job.restarts > max(begun, default=0):
+        if time.monotonic() > until:
+            raise RunError(f"{run.path}: job {job_id} is {job.state}, and scancel does not end it; try again later")
+        time.sleep(_POLL_S)
+        slurm.cancel(job_id)
 
 
 def describe(run: RunDir) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from launch.cluster import load_cluster, split_changes
 from launch.cluster_config import Cluster
 from launch.findings import continuation, findings
 from launch.runs import open_run
-from launch.sbatch import python_command, sbatch_text, submitit_parameters, without_slurm_variables
+from launch.sbatch import last_word, python_command, sbatch_text, submitit_parameters, without_slurm_variables
 from launch.settings import JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import retried
@@ -296,7 +296,11 @@ def _parameters(
     )
     # the working directory comes first among Python's paths: it must be the run's own code too
     parameters["additional_parameters"] = {**parameters.get("additional_parameters", {}), "chdir": str(code)}
-    parameters["setup"] = [*parameters.get("setup", []), f"export PYTHONPATH={shlex.quote(str(code))}"]
+    parameters["setup"] = [
+        *parameters.get("setup", []),
+        f"export PYTHONPATH={shlex.quote(str(code))}",
+        *last_word(cluster, run.path),
+    ]
     return parameters
 
 

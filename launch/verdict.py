@@ -64,6 +64,7 @@ class Evidence:
         ranks: rank -> what it wrote about its end, as read from outcome/.
         nodes: host -> its report; all nodes of the attempt, also those that said nothing.
         slurm_state: as squeue or sacct have it; None without Slurm.
+        down_hosts: nodes that Slurm calls down, drained or failed; then the others' agents were ended with the job.
         cancelled_by: who called scancel, if that is known.
         stop_reason: what the agents were asked to stop by: `user`, `control/stop`, `time limit`, `limits.max_time_s`,
             `preempted`, or a signal's name when nothing better is known. Not the request that an agent itself wrote.
@@ -74,7 +75,6 @@ class Evidence:
         is_done: done.json is there.
         tails: rank -> last lines of its log.
         utterances: ids of the step that failed, from a `skipped` line or the plan.
-        down_hosts: nodes of the attempt that Slurm calls down, drained or failed now.
         excluded_hosts: already excluded now, by verdicts or by hand.
     """
 
@@ -83,6 +83,7 @@ class Evidence:
     ranks: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     nodes: Mapping[str, NodeReport] = field(default_factory=dict)
     slurm_state: str | None = None
+    down_hosts: tuple[str, ...] = ()
     cancelled_by: str | None = None
     stop_reason: str | None = None
     stop_time: float | None = None
@@ -93,7 +94,6 @@ class Evidence:
     hang: Hang | None = None
     tails: Mapping[int, str] = field(default_factory=dict)
     utterances: tuple[str, ...] = ()
-    down_hosts: tuple[str, ...] = ()
     excluded_hosts: tuple[str, ...] = ()
 
 

@@ -138,6 +138,14 @@ CASES = {
         evidence({0: {**STOPPED, "message": "stopped by SIGTERM"}, 1: lost()}, nodes=SILENT, slurm_state="NODE_FAIL",
                  stop_reason="SIGTERM"),
         "node_failure", "continue", 4, False, "n2"),
+    "a node is down, and Slurm ended the other agent with the job": (
+        evidence({}, nodes={"n1": NodeReport(reported=False, ranks=(0, 1)), **SILENT}, slurm_state="NODE_FAIL",
+                 down_hosts=("n2",)),
+        "node_failure", "continue", 4, False, "Lost node n2: Slurm: NODE_FAIL"),
+    "agent killed, which takes the other along": (
+        evidence(all_of({**STOPPED, "message": "stopped by SIGTERM"}), nodes=SILENT, committed_step=120,
+                 stop_reason="SIGTERM", stop_time=100.0),
+        "node_failure", "continue", 4, False, "Lost node n2: its agent said nothing at its end"),
     "node did not boot": (
         evidence({}, nodes=SILENT, slurm_state="BOOT_FAIL"), "node_failure", "continue", 4, False, ""),
     "silent agent": (
