@@ -79,9 +79,16 @@ class Requests:
         if now_s < self._next_look_s:
             return False
         self._next_look_s = now_s + _POLL_S
-        if (self._control / "stop").exists():
+        if self._is_asked("stop"):
             stop.set("control/stop")
-        return (self._control / "save").exists()
+        return self._is_asked("save")
+
+    def _is_asked(self, kind: str) -> bool:
+        """Whether there is a request, from this user or root: others have no say, whatever they may write to."""
+        try:
+            return (self._control / kind).stat().st_uid in (os.getuid(), 0)
+        except OSError:
+            return False
 
     def forget(self, kind: str) -> None:
         """Take a request away, once it is done."""

@@ -31,7 +31,7 @@ from launch.node_check import Wanted
 from launch.notify import notify
 from launch.placement import Rendezvous, place
 from launch.preflight import Place
-from launch.rendezvous import Meeting
+from launch.rendezvous import Meeting, interface_address
 from launch.requests import ask
 from launch.settings import JobSettings
 from launch.slurm import JobState, SlurmError
@@ -150,9 +150,9 @@ def _judge_before(node: _Node) -> None:
 
 def _checked_and_trained(node: _Node) -> dict[str, Any]:
     """Check this node with the others, and train where all is well; what there is to report."""
-    cluster, num_nodes = node.settings.cluster, len(node.start.hosts)
+    cluster = node.settings.cluster
     if node.number == 0:
-        address, port = node.meeting.publish("127.0.0.1" if num_nodes == 1 else slurm.node_address(node.start.hosts[0]))
+        address, port = node.meeting.publish(_address(node))
     else:
         address, port = node.meeting.find(_MEET_S)
     uuids = devices.visible_gpus() if cluster.gpus_per_node else []
@@ -162,6 +162,14 @@ def _checked_and_trained(node: _Node) -> dict[str, Any]:
             return {"exit_code": None, **refused}
         exit_code = _train(node, address, port, staged)
         return {"exit_code": exit_code, "hardware": "; ".join(gpus.errors()) or None}
+
+
+def _address(node: _Node) -> str:
+    """Where the others reach this node: on the profile's interface, else by its name."""
+    if len(node.start.hosts) == 1:
+        return "127.0.0.1"
+    interface = node.settings.cluster.rendezvous_interface
+    return slurm.node_address(node.start.hosts[0]) if interface is None else interface_address(interface)
 
 
 def _preflight(node: _Node, meet: str) -> dict[str, str | None] | None:

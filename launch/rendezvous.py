@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from asr_train.errors import WavefleetError
 from asr_train.files import read_json, write_json
 
@@ -19,6 +21,24 @@ _POLL_S = 0.2
 
 class RendezvousError(WavefleetError):
     """The nodes of a job did not find each other."""
+
+
+def interface_address(name: str) -> str:
+    """IPv4 address of a network interface of this machine.
+
+    Raises:
+        RendezvousError: there is no such interface, or it has none; lists those that have one.
+    """
+    found = {
+        interface: str(entry.address)
+        for interface, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    }
+    if name not in found:
+        have = ", ".join(f"{interface} ({address})" for interface, address in sorted(found.items()))
+        raise RendezvousError(f"rendezvous_interface: {socket.gethostname()} has no address on {name}, only on {have}")
+    return found[name]
 
 
 @dataclass(frozen=True)

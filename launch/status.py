@@ -38,8 +38,16 @@ def status(argv: Sequence[str]) -> int:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         for key, value in found.items():
-            if value not in (None, "", {}, []):
+            if key != "starts" and value not in (None, "", {}, []):
                 print(f"{key.replace('_', ' '):<16}{_shown(value)}")
+        for start in found["starts"]:
+            words = [
+                start["began"],
+                ",".join(start["hosts"]),
+                start["code"] and f"code {start['code']}",
+                start["verdict"],
+            ]
+            print(f"start {start['start']:<10}" + "  ".join(filter(None, words)))
     return EXIT_DONE
 
 
@@ -164,8 +172,24 @@ def describe(run: RunDir) -> dict[str, Any]:
         "left_s": left_s,
         "checkpoint": saved[-1].name if saved else None,
         "then": then.shown(run),
+        "starts": _starts(run),
         "slurm_problem": problem,
     }
+
+
+def _starts(run: RunDir) -> list[dict[str, Any]]:
+    """Each start of a run: when, where, with which copy of the code, and how it ended, where that is known."""
+    kinds = {line["start"]: line["kind"] for line in verdicts(run)}
+    return [
+        {
+            "start": start.name,
+            "began": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.time)),
+            "hosts": list(start.hosts),
+            "code": Path(start.code).name if start.job_id else None,
+            "verdict": kinds.get(start.name),
+        }
+        for start in starts(run)
+    ]
 
 
 def _state(run: RunDir, slurm_state: slurm.JobState | None) -> str:

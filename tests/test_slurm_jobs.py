@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from asr_train.files import read_json, read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
+from launch.notify import WEBHOOK
 
 WAVEFLEET = [sys.executable, "-m", "launch.cli"]
 
@@ -37,9 +39,9 @@ def recipe_file(tiny_corpus, tiny_recipe_file):
     return str(tiny_recipe_file(max_steps=12, units_per_step=3, **{"log.every": 1, "num_workers": 0}))
 
 
-def wavefleet(cluster, *arguments, code=0):
+def wavefleet(cluster, *arguments, code=0, environ=None):
     done = subprocess.run(
-        [*WAVEFLEET, *map(str, arguments)], env={**cluster.environ, "PYTHONPATH": str(Path.cwd())},
+        [*WAVEFLEET, *map(str, arguments)], env={**cluster.environ, "PYTHONPATH": str(Path.cwd()), **(environ or {})},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
@@ -65,7 +67,7 @@ def wait_until(cluster, folder, condition, timeout_s=180):
 
 
 def verdicts(folder):
-    return [line["kind"] for line in read_jsonl(folder / "verdicts.jsonl")]
+    return [line["kind"] for line in read_jsonl(folder / "verdicts.jsonl") if "kind" in line]
 
 
 def submitted(cluster, profile, recipe_file, folder, *overrides):
@@ -76,7 +78,8 @@ def submitted(cluster, profile, recipe_file, folder, *overrides):
 def test_a_run_on_two_nodes_to_its_end(cluster, profile, recipe_file, tmp_path):
     folder = tmp_path / "run"
     submit = ["submit", recipe_file, f"run_dir={folder}", "--cluster", profile]
-    first = wavefleet(cluster, *submit)
+    secrets = {"HF_TOKEN": "hf_planted0123", "WAVEFLEET_WEBHOOK": "http://127.0.0.1:9/planted4567"}
+    first = wavefleet(cluster, *submit, environ=secrets)
     assert "submitted as job" in first.stdout
     again = wavefleet(cluster, *submit)
     assert "already" in again.stdout
@@ -87,6 +90,10 @@ def test_a_run_on_two_nodes_to_its_end(cluster, profile, recipe_file, tmp_path):
     assert read_json(folder / "done.json")["step"] == 12
     verdict = json.loads(wavefleet(cluster, "why", folder, "--json").stdout)
     assert (verdict["kind"], verdict["exit_code"]) == ("done", 0)
+    assert WEBHOOK in "".join(path.read_text() for path in (folder / "slurm").glob("*_log.err"))  # it had the secrets
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in written if re.search(rb"planted(0123|4567)", path.read_bytes())] == []
+    assert [path for path in [folder, folder / "slurm"] if path.stat().st_mode & 0o077] == []
     local = subprocess.run(
         [*WAVEFLEET, "train", recipe_file, f"run_dir={tmp_path / 'local'}", "--processes", "1"],
         capture_output=True, text=True, check=False,

@@ -127,6 +127,15 @@ def test_a_request_that_an_earlier_attempt_did_not_live_to_see_is_forgotten(tmp_
     assert not stop.is_set
 
 
+def test_requests_of_other_users_are_not_heard(tmp_path):
+    requests, stop = Requests(tmp_path, None), StopFlag()
+    for kind in ("stop", "save"):
+        (tmp_path / kind).touch()
+        os.chown(tmp_path / kind, 12345, -1)
+    assert not requests.look(stop)
+    assert not stop.is_set
+
+
 def test_the_time_limit_saves_and_stops(recipe):  # noqa: F811
     limited = recipe("limited", max_steps=100_000, limits__max_time_s=3)
     run = run_on(2, limited)
