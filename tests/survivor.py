@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -128,6 +129,18 @@ class Survivor:
         for pid in self.agents().values():
             os.kill(pid, number)
 
+    def kill_all(self, job):
+        """SIGKILL for every process of a job, its batch script first, on all nodes."""
+        found = []
+        for pid in self.cluster.processes():
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.environ().get("SLURM_JOB_ID") == job:
+                    found.append(process)
+        for process in sorted(found, key=psutil.Process.create_time):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
     # How it ended
 
     def ends_as(self, expected, relative=1e-5, max_steps=None):
@@ -190,7 +203,7 @@ def expected(reference):
 def profile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     (folder / "small.yaml").write_text(
-        "nodes: 2\ngpus_per_node: 0\ncpus_per_node: 1\ntime: 60\nsignal_lead_s: 60\nprocesses_per_node: 1\n"
+        "nodes: 2\ngpus_per_node: 0\ncpus_per_node: 1\ntime: 60\nsignal_lead_s: 90\nprocesses_per_node: 1\n"
         f"sbatch: {{exclusive: true}}\nshared: {folder / 'learned'}\n"
         "environment: {OMP_NUM_THREADS: 1, TOKENIZERS_PARALLELISM: 'false'}\n"
     )
