@@ -234,7 +234,7 @@ def test_jobs_that_are_no_trainings_are_kept_off_them_too(slurm, inside, profile
     exclusions.add(tmp_path / "site", [bad("n1")])
     folder, cluster = tmp_path / "job", load_cluster(profile)
     job.make_folder(folder, cluster)
-    job.write_job(folder, cluster, Path.cwd(), "it", [Command("it", "json.tool", ())], site=tmp_path / "site")
+    job.write_job(folder, cluster, tmp_path / "site", Path.cwd(), "it", [Command("it", "json.tool", ())])
     (job_id,) = job.hold(folder, [job.task(folder, "it")])
     assert slurm.job(job_id)["ExcNodeList"] == "n1"
     job.drop([job_id])

@@ -765,5 +765,5 @@ def test_exit_codes_of_the_real_command(recipe_file, run, tmp_path):
     for code, (_, words) in cases.items():
         _, errors = started[code].communicate(timeout=300)
         assert started[code].returncode == code, errors
-        assert all(word in errors for word in [*words, "failed: rank 0: "]), errors
+        assert all(word in errors for word in [*words, "Rank 0 on "]), errors
     assert read_json(tmp_path / "wild" / "outcome" / "attempt-001" / "rank-0.json")["exit_code"] == EXIT_FAILED

@@ -74,7 +74,7 @@ def test_a_node_that_always_fails_its_check_is_excluded_and_the_run_goes_on_else
     (row,) = excluded(cluster, bad)
     assert (row["host"], row["run"], row["slurm"]) == ("n2", str(folder), "idle")
     assert "/scratch is not mounted" in row["reason"]
-    other = submitted(cluster, bad, recipe_file, tmp_path / "other")
+    other = submitted(cluster, bad, recipe_file, tmp_path / "other", "cluster.sbatch.begin=now+1hour")
     assert cluster.job(other)["ExcNodeList"] == "n2"
     wavefleet(cluster, "cancel", tmp_path / "other")
 
@@ -124,10 +124,8 @@ def test_a_successor_is_kept_off_the_node_too(cluster, profile, recipe_file, tmp
     bad = profile("preflight: 'test \"$SLURMD_NODENAME\" != n2'", "continuation: successor")
     folder = tmp_path / "run"
     job = submitted(cluster, bad, recipe_file, folder)
-    wait_until(cluster, folder, lambda found: found["job_id"] != job)
-    jobs = cluster.jobs()
-    (successor,) = set(jobs) - {job}
-    assert jobs[successor]["ExcNodeList"] == "n2"
+    successor = wait_until(cluster, folder, lambda found: found["job_id"] != job)["job_id"]
+    assert cluster.job(successor)["ExcNodeList"] == "n2"
     wait_until(cluster, folder, lambda found: found["state"] == "running")
     assert "n2" not in expanded(cluster, successor)
     wavefleet(cluster, "cancel", folder)

@@ -34,6 +34,9 @@ export HF_HUB_OFFLINE=1
 export NCCL_DEBUG=WARN
 export GREETING='it'"'"'s $HOME'
 export PYTHONPATH=CODE
+ended=
+trap ended=1 TERM
+trap 'code=$?; [ $code = 0 ] || [ "$ended" ] || PYTHON -m launch.last_word RUN || true; exit $code' EXIT
 
 # command
 export SUBMITIT_EXECUTOR=slurm
