@@ -215,7 +215,7 @@ def _lines(finding: Finding, attempt: Attempt) -> Iterator[Line]:
         yield Line(text=f"{named('rank', lost)} only lost a peer", time=attempt.lost[0].time)
     if evidence.stop_reason:
         yield Line(text=f"asked to stop: {evidence.stop_reason}", time=evidence.stop_time)
-    if evidence.slurm_state:
+    if evidence.slurm_state not in (None, "", "RUNNING", "COMPLETING"):  # of each job that its own agents judge
         yield Line(text=f"Slurm: {evidence.slurm_state}")
 
 

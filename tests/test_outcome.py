@@ -387,6 +387,12 @@ def test_evidence_is_worst_first_with_rank_host_and_time():
     assert "ranks 0, 1, 2 only lost a peer" in [line.text for line in found.evidence]
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+def test_the_state_of_a_job_that_its_own_agents_judge_is_no_evidence(state):
+    found = judge(evidence(peers(r3=failed("ValueError: early")), slurm_state=state))
+    assert [line.text for line in found.evidence if "Slurm" in line.text] == []
+
+
 def test_json_round_trip_and_later_versions():
     for given, *_ in CASES.values():
         found = judge(given)

@@ -21,6 +21,11 @@ from asr_train.prepare import prepare
 # ruff: noqa: F811  their names as arguments
 
 
+def slurm_has(run):
+    """Whether a job of the run is in the queue, or has not ended yet."""
+    return run.cluster.run("squeue", "--noheader").strip() != ""
+
+
 def test_the_time_limit_comes_twice_and_then_memory_is_short(survivor, reference):
     """Two minutes, warned a minute before; submitit takes jobs under ten minutes for timed out whatever happened."""
     run = survivor(max_steps=100_000)
@@ -37,11 +42,12 @@ def test_the_time_limit_comes_twice_and_then_memory_is_short(survivor, reference
     assert run.resumed_from(2) == saved[0] < saved[1]
     assert run.status()["job_id"] == job
     run.wavefleet("cancel", run.path)  # back in the queue
-    run.until(lambda: run.status()["state"] == "stopped")
+    run.until(lambda: not slurm_has(run))
 
     run.submit(f"cluster.setup=ulimit -v {memory_kb}", "--allow-change", f"max_steps={saved[1] + 3}")
     verdict = run.verdict(3)
     assert (verdict["kind"], verdict["action"]) == ("out_of_memory", "stop")
+    run.until(lambda: not slurm_has(run))
     assert f"It can go on from the checkpoint of step {saved[1]}" in run.why()
     assert "memory" in run.why()
 
@@ -93,6 +99,8 @@ def test_a_poison_utterance_is_named_and_a_person_cancels_and_takes_another_numb
     assert f"It failed so at step {step} in an earlier attempt already" in said
     assert "Look at the utterances of that step: click." in said
     assert f"It can go on from the checkpoint of step {step - 1}" in said
+    run.until(lambda: not slurm_has(run))
+    assert run.status()["state"] == "failed"
     refused = run.wavefleet("submit", run.recipe_file, "--cluster", run.profile, code=2)
     assert "--retry" in refused
 
@@ -102,6 +110,7 @@ def test_a_poison_utterance_is_named_and_a_person_cancels_and_takes_another_numb
     verdict = run.verdict(3)
     assert (verdict["kind"], verdict["action"], verdict["num_lost_steps"]) == ("cancelled", "stop", 0)
     assert "The job was cancelled. Only `wavefleet retry` goes on with it" in run.why()
+    run.until(lambda: not slurm_has(run))
     assert run.reconcile() == ["nothing"]
 
     run.wavefleet("retry", run.path, "--nodes", "1")
@@ -124,7 +133,7 @@ def test_successors_and_a_job_that_died_with_all_its_agents(profile, recipe, exp
         assert int(second) > int(first)
         assert run.resumed_from(2) == run.lines("stopped")[0]["step"]
 
-        cluster.run("scancel", "--signal=KILL", "--full", second)
+        run.kill_all(second)
         run.until(lambda: second not in cluster.jobs())
         assert len(run.verdicts()) == 1
         said = run.why()
