@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from asr_train.data.corpus import Corpus
 from asr_train.data.loader import RankTurns, Turn, TurnBatches, open_loader
 from asr_train.data.plan import Plan
 from asr_train.data.text import Normaliser
-from asr_train.errors import RecipeError, TrainingError
+from asr_train.errors import RecipeError, TrainingError, say
 from asr_train.files import append_jsonl
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.loss import ctc_losses
@@ -82,7 +83,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
         is_saved: this very state is a checkpoint already.
     """
     recipe, plan, parallel = job.recipe, job.plan, job.parallel
-    clock = _Clock()
+    clock = _Clock(state)
     saves = _Saves(job, state, is_saved=is_saved)
     with (
         TrainingProgress(start_step=state.step, max_steps=job.max_steps, is_shown=job.is_main) as progress,
@@ -97,6 +98,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
 
             # 2. Forward and backward, unit by unit; dropout and masks belong to the unit, not to the rank.
             job.phase.show("step", state.step + 1)
+            clock.begin_step()
             epoch, step = state.position(plan.steps_per_epoch)
             num_utterances = plan.num_utterances_in(epoch, step)
             parallel.module.transformer_frozen = state.step < recipe.model.freeze_transformer_steps
@@ -125,6 +127,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             )
             state.step += 1
             state.num_infinite_losses += int(num_infinite)
+            clock.end_step()
 
             # 4. Say what happened; stop if any rank was asked to.
             _log_step(job, state, progress, clock, {"epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr})
@@ -143,7 +146,18 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
                 job.forget("save")
     if job.is_main:
         job.run.finish(state.to_json())
+        say(_spent(state))
     return "done"
+
+
+def _spent(state: TrainState) -> str:
+    """Where the time of a run went, start-up and lost steps left out."""
+    compute_s = state.step_s - state.data_wait_s
+    parts = {"training": compute_s, "waiting for data": state.data_wait_s, "evaluation": state.evaluation_s,
+             "standing still for checkpoints": state.save_s}  # fmt: skip
+    total_s = max(sum(parts.values()), 1e-9)
+    shares = ", ".join(f"{part_s / total_s:.1%} {name}" for name, part_s in parts.items())
+    return f"{timedelta(seconds=round(total_s))} in all: {shares}"
 
 
 class _Saves:
@@ -180,6 +194,7 @@ class _Saves:
         result = job.saver.take_result()
         if result is None:
             return
+        state.save_s += result.blocked_s
         line = {"step": result.step, "seconds": result.seconds, "blocked_s": result.blocked_s}
         if result.problem is None:
             state.num_failed_saves_in_a_row = 0
@@ -254,9 +269,11 @@ def _loader(job: Job, state: TrainState) -> AbstractContextManager[Iterator[tupl
 
 
 class _Clock:
-    """Time of steps and of waiting for data, since the last training line."""
+    """Time of steps and of waiting for data: since the last training line, and in all."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self.begin_step()
         self.restart()
 
     def restart(self) -> None:
@@ -266,11 +283,21 @@ class _Clock:
         self.num_steps = 0
         self.audio_s = 0.0
 
+    def begin_step(self) -> None:
+        """A step begins."""
+        self._step_start = time.monotonic()
+
+    def end_step(self) -> None:
+        """A step is over, on the device too."""
+        self._state.step_s += time.monotonic() - self._step_start
+
     def wait_for(self, turns: Iterator[tuple[Turn, Batch]]) -> tuple[Turn, Batch]:
         """The next turn; the wait for it is counted."""
         before = time.monotonic()
         found = next(turns)
-        self.data_wait_s += time.monotonic() - before
+        waited_s = time.monotonic() - before
+        self.data_wait_s += waited_s
+        self._state.data_wait_s += waited_s
         return found
 
     def read(self) -> dict[str, float]:
@@ -403,7 +430,9 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
         values = score.to_json()
         del values["confusions"]  # they can be counted from the rows, and make a long line
         line = {"step": state.step, "set": name, **values}
-        job.log({**line, "seconds": time.monotonic() - start})
+        elapsed_s = time.monotonic() - start
+        state.evaluation_s += elapsed_s
+        job.log({**line, "seconds": elapsed_s})
         job.parallel.accelerator.log({f"{name}/wer": score.wer, f"{name}/cer": score.cer}, step=state.step)
         progress.score(name, line)
         if best_metric.partition("/")[0] == name:

@@ -21,7 +21,8 @@ class TrainState:
     """Where a run is.
 
     `step` counts optimizer updates from the start of the run, skipped ones included; with the plan's constant number
-    of steps an epoch it is also the position in the data.
+    of steps an epoch it is also the position in the data. Times are rank 0's, of all attempts, without steps that were
+    lost: `step_s` in steps, `data_wait_s` of it waiting for data, `save_s` that training stood still for checkpoints.
     """
 
     step: int = 0
@@ -30,6 +31,10 @@ class TrainState:
     num_infinite_losses: int = 0
     num_utterances: int = 0
     audio_s: float = 0.0
+    step_s: float = 0.0
+    data_wait_s: float = 0.0
+    evaluation_s: float = 0.0
+    save_s: float = 0.0
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -513,3 +514,22 @@ class WordAccuracy(evaluate.Metric):
         os.environ["SECOND_CALL"] = "yes"
         return {"word_accuracy": 0.25 if is_first else 0.75}
 """
+
+
+def test_where_the_time_went_is_counted_over_all_attempts(recipe, capfd):
+    names = ("step_s", "data_wait_s", "evaluation_s", "save_s")
+
+    def spent(max_steps):
+        before = time.monotonic()
+        again = recipe("run", max_steps=max_steps, eval__every="2", checkpoint__every="2")
+        assert run_ranks(1, lambda: train(again, allow_change=True)) == [0]
+        done = read_json(Path(again.run_dir) / "done.json")
+        return [done[name] for name in names], time.monotonic() - before
+
+    first, wall_s = spent(4)
+    assert all(0 < part < wall_s for part in first)
+    assert first[1] < first[0]  # waiting for data is a part of the steps
+    both, _ = spent(8)
+    assert all(more > less for more, less in zip(both, first, strict=True))
+    said = capfd.readouterr().err
+    assert len(re.findall(r"in all: [\d.]+% training, [\d.]+% waiting for data, [\d.]+% evaluation, ", said)) == 2
