@@ -201,15 +201,16 @@ def expected(reference):
     return reference(STEPS)
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile")
-    (folder / "small.yaml").write_text(
+@pytest.fixture
+def profile(tmp_path):
+    """Two nodes, whole ones so that they can be preempted; nodes that a test has excluded are another's again."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
         "nodes: 2\ngpus_per_node: 0\ncpus_per_node: 1\ntime: 60\nsignal_lead_s: 90\nprocesses_per_node: 1\n"
-        f"sbatch: {{exclusive: true}}\nshared: {folder / 'learned'}\n"
+        f"sbatch: {{exclusive: true}}\nshared: {tmp_path / 'learned'}\n"
         "environment: {OMP_NUM_THREADS: 1, TOKENIZERS_PARALLELISM: 'false'}\n"
     )
-    return folder / "small.yaml"
+    return path
 
 
 @pytest.fixture
