@@ -88,7 +88,7 @@ def evidence(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_
         down_hosts=tuple(slurm.unusable(start.hosts)) if start.job_id is not None else (),
         stop_reason=first.get("stopped_by"),
         stop_time=first.get("stop_time"),
-        resumed_step=_step(record.get("resumed_from")) if lines else _newest_step(run),
+        resumed_step=_step(record["resumed_from"]) if "resumed_from" in record else _newest_step(run),
         committed_step=_step(record.get("committed")),
         last_step=max((line["step"] for line in lines if "step" in line), default=None),
         is_done=run.done.exists(),
