@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, versions, medians, tables."""
+"""What the benchmarks share: the machine, versions, memory, medians, tables."""
 
 import argparse
 import os
@@ -53,6 +53,19 @@ def shown(found: dict[str, Any], form: str) -> str:
     return f"{found['median']:{form}} ({low:{form}}-{high:{form}})"
 
 
+def reset_peak_memory() -> None:
+    """Start the process's peak anew at what is resident now, where the system can (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def memory_bytes() -> dict[str, int]:
+    """Resident memory: the peak, what there is now, and of that the process's own and mapped pages of files."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    kilobytes = {line.partition(":")[0]: line.split()[1] for line in status.splitlines() if line.endswith(" kB")}
+    names = {"peak": "VmHWM", "now": "VmRSS", "own": "RssAnon", "mapped": "RssFile"}
+    return {name: int(kilobytes[key]) * 1024 for name, key in names.items()}
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> list[str]:
     """The lines of a table; all columns but the first so many are numbers."""
     table = Table(box=box.MARKDOWN)
@@ -60,7 +73,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left:
         table.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=240, color_system=None)
+    console = Console(width=400, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return [line.strip() for line in capture.get().splitlines() if line.strip()]
