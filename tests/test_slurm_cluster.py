@@ -121,7 +121,7 @@ def test_a_node_that_goes_down_ends_its_job_which_comes_back_elsewhere(slurm_ses
 def test_the_time_limit_sends_its_signal_and_then_ends_the_job(slurm_session, limited):
     fields = slurm_session.wait_for(limited, "TIMEOUT")
     output = slurm_session.output(limited)
-    assert output.index("agent USR2") < output.index("agent TERM")
+    assert output.index("USR2") < output.index("agent TERM")
     assert "DUE TO TIME LIMIT" in output
     assert fields["Restarts"] == "0"  # Slurm requeues nobody for that
 
