@@ -1,6 +1,7 @@
 """What a person sees of a training: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asr_train.errors import say
+
+_NUM_SHARES = 3  # of the ledger, that a line has room for
 
 
 class TrainingProgress:
@@ -44,9 +47,12 @@ class TrainingProgress:
         """Note that `step` updates are done."""
         self._update(completed=step)
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Show a training line of metrics.jsonl."""
-        shown = f"loss {line['loss']:.3f}  {line['audio_s_per_s']:.0f} audio-s/s{self._scores}"
+    def log(self, line: dict[str, Any], shares: Mapping[str, float]) -> None:
+        """Show a training line of metrics.jsonl, and the ledger's largest shares of the attempt's time."""
+        shown = (
+            f"loss {line['loss']:.3f}  {line['audio_s_per_s']:.0f} audio-s/s{self._scores}"
+            f"  {line['memory_bytes'] / 1e9:.1f} GB  {_largest(shares)}"
+        )
         if self._bar is not None:
             self._update(shown=shown)
         else:
@@ -81,6 +87,12 @@ class TrainingProgress:
                 self._bar.update(self._task, **values)
             except OSError:
                 self._bar = None
+
+
+def _largest(shares: Mapping[str, float]) -> str:
+    """The parts of the ledger that take most."""
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:_NUM_SHARES]
+    return ", ".join(f"{part.replace('_', ' ')} {share:.0%}" for part, share in largest if share >= 0.005)
 
 
 def _duration(seconds: float) -> str:

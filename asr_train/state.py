@@ -1,6 +1,6 @@
 """The few numbers that say where a run is; all of them stand in every checkpoint, as JSON."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 # Direction of the metrics that `evaluate` and its users have for recognised text; of others the recipe must say it.
@@ -21,8 +21,8 @@ class TrainState:
     """Where a run is.
 
     `step` counts optimizer updates from the start of the run, skipped ones included; with the plan's constant number
-    of steps an epoch it is also the position in the data. Times are rank 0's, of all attempts, without steps that were
-    lost: `step_s` in steps, `data_wait_s` of it waiting for data, `save_s` that training stood still for checkpoints.
+    of steps an epoch it is also the position in the data. `spent_s` is rank 0's ledger of all attempts, part -> seconds
+    (`ledger.PARTS`), without steps that were lost.
     """
 
     step: int = 0
@@ -31,10 +31,7 @@ class TrainState:
     num_infinite_losses: int = 0
     num_utterances: int = 0
     audio_s: float = 0.0
-    step_s: float = 0.0
-    data_wait_s: float = 0.0
-    evaluation_s: float = 0.0
-    save_s: float = 0.0
+    spent_s: dict[str, float] = field(default_factory=dict)
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None

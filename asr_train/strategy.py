@@ -26,6 +26,8 @@ from asr_train.config import Recipe
 from asr_train.errors import RecipeError, TrainingError
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel
+from asr_train.peer_wait import PeerWait
+from asr_train.prometheus import check_prometheus
 
 _COLLECTIVE_TIMEOUT_S = 1800  # a rank this late is dead; the slowest thing ranks wait for is a save
 _LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
@@ -41,6 +43,7 @@ class Parallel:
     module: SpeechModel  # the same model, seen through the wrapping
     optimizer: torch.optim.Optimizer  # the raw one, whose state a checkpoint holds
     stepper: Any  # accelerate's wrapped optimizer, or DeepSpeed's: what the loop steps
+    peer_wait: PeerWait
 
     @property
     def name(self) -> str:
@@ -87,7 +90,10 @@ class Parallel:
         Returns:
             the sums over ranks, the gradients' norm before clipping, and whether the step was applied.
         """
+        if not isinstance(self.model, DistributedDataParallel):  # whose hook says it bucket by bucket
+            self.peer_wait.gradients_are_there()
         _sum_over_ranks(sums)
+        self.peer_wait.sums_are_there()
         limit = float("inf") if max_norm is None else max_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)  # unscales fp16 gradients first
         full: torch.Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -108,7 +114,9 @@ class DeepSpeedParallel(Parallel):
 
     def update(self, sums: torch.Tensor, max_norm: float | None) -> tuple[list[float], float, bool]:
         """See `Parallel.update`; `max_norm` went into the engine's settings."""
+        self.peer_wait.gradients_are_there()
         _sum_over_ranks(sums)
+        self.peer_wait.sums_are_there()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         return sums.tolist(), norm, bool(self.engine.was_step_applied())
@@ -146,6 +154,8 @@ def check_environment(recipe: Recipe) -> None:
     if unknown := sorted(set(recipe.log.trackers) - {str(name) for name in get_available_trackers()}):
         known = ", ".join(sorted(str(name) for name in get_available_trackers()))
         raise RecipeError(f"log.trackers: {', '.join(unknown)}: not installed, or unknown to accelerate; here: {known}")
+    if recipe.log.prometheus is not None:
+        check_prometheus()
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise RecipeError(
@@ -192,8 +202,9 @@ def prepare(accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(model._layers()[0]).__name__]
     wrapped, stepper = accelerator.prepare(model, optimizer)
+    peer_wait = PeerWait(accelerator.device)
     if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, _sum_hook)
+        wrapped.register_comm_hook(peer_wait, _sum_hook)
         _settle_buckets(wrapped)
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
@@ -205,6 +216,7 @@ def prepare(accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim
         module=accelerator.unwrap_model(wrapped),
         optimizer=stepper.optimizer,
         stepper=stepper,
+        peer_wait=peer_wait,
     )
 
 
@@ -242,7 +254,12 @@ def _prepare_deepspeed(
     )
     engine, stepper = accelerator.prepare(model, optimizer)
     return DeepSpeedParallel(
-        accelerator=accelerator, model=engine, module=engine.module, optimizer=stepper.optimizer, stepper=stepper
+        accelerator=accelerator,
+        model=engine,
+        module=engine.module,
+        optimizer=stepper.optimizer,
+        stepper=stepper,
+        peer_wait=PeerWait(accelerator.device),
     )
 
 
@@ -261,8 +278,9 @@ def _sum_over_ranks(values: torch.Tensor) -> None:
         dist.all_reduce(values)
 
 
-def _sum_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+def _sum_hook(state: PeerWait, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """DDP's communication hook: a plain sum, where DDP's own divides by the number of ranks."""
+    state.gradients_are_there()
     future: torch.futures.Future[list[torch.Tensor]] = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 

@@ -23,9 +23,11 @@ from asr_train.data.plan import Plan, PlanSettings, check_world_size
 from asr_train.data.stage import on_this_node
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
 from asr_train.estimate import quadratic_share
+from asr_train.job import Job
+from asr_train.ledger import Ledger
 from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
-from asr_train.loop import Job, fit
+from asr_train.loop import fit
 from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
 from asr_train.optim import build_optimizer
 from asr_train.phase import PhaseFile
@@ -187,6 +189,7 @@ def _attempt(
         stop=stop,
         requests=requests,
         phase=phase,
+        ledger=Ledger(quadratic=quadratic),
     )
     first_line = {
         "event": "restored" if newest else "started", "step": state.step, **facts, "tf32": recipe.tf32,

@@ -29,6 +29,7 @@ from asr_train.errors import CheckpointError, RecipeError
 from asr_train.export import export
 from asr_train.files import read_jsonl
 from asr_train.live_state import create_state
+from asr_train.peer_wait import PeerWait
 from asr_train.run_dir import RunDir, read_metrics
 from asr_train.safe_load import load_tensors
 from asr_train.state import TrainState
@@ -100,7 +101,14 @@ def small_parallel():
     accelerator = SimpleNamespace(
         scaler=None, process_index=dist.get_rank(), num_processes=dist.get_world_size(), device=torch.device("cpu")
     )
-    parallel = Parallel(accelerator=accelerator, model=module, module=module, optimizer=optimizer, stepper=optimizer)
+    parallel = Parallel(
+        accelerator=accelerator,
+        model=module,
+        module=module,
+        optimizer=optimizer,
+        stepper=optimizer,
+        peer_wait=PeerWait(accelerator.device),
+    )
     create_state(parallel)
     return parallel
 
