@@ -110,7 +110,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
                 max_steps=job.max_steps,
                 freeze_transformer_steps=recipe.model.freeze_transformer_steps,
             )
-            totals = torch.zeros(4, dtype=torch.float64, device=parallel.device)  # loss, infinite losses, stop, save
+            totals = torch.zeros(6, dtype=torch.float64, device=parallel.device)  # as they are named in 3.
             done: list[_Done] = []
             while not (done and done[-1].turn.is_last):
                 turn, batch = clock.wait_for(turns)
@@ -122,15 +122,16 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             # 3. Sum over ranks, then update, or skip on all ranks together; one host sync.
             totals[3] += job.requests is not None and job.requests.look(job.stop)
             totals[2] += job.stop.is_set
-            (loss, num_infinite, num_stops, num_saves), norm, is_applied = parallel.update(
-                totals, recipe.optim.max_grad_norm
-            )
+            sums, norm, is_applied = parallel.update(totals, recipe.optim.max_grad_norm)
+            loss, num_infinite, num_stops, num_saves, num_samples, num_padded_samples = sums
             state.step += 1
             state.num_infinite_losses += int(num_infinite)
             clock.end_step()
 
             # 4. Say what happened; stop if any rank was asked to.
-            _log_step(job, state, progress, clock, {"epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr})
+            values = {"epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr}
+            audio = _Audio(num_utterances, num_samples / SAMPLE_RATE, num_padded_samples / SAMPLE_RATE)
+            _log_step(job, state, progress, clock, values, audio)
             if recipe.log.trained_ids:
                 _write_trained_ids(job, state, epoch, done)
             _count_skip(job, state, done, progress, is_applied=is_applied)
@@ -257,6 +258,9 @@ def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utter
         parallel.backward(loss)
     totals[0] += loss.detach()
     totals[1] += infinite.sum()
+    if turn.unit is not None:  # whole numbers, which float64 sums exactly in any order
+        totals[4] += batch.audio_samples
+        totals[5] += len(batch.ids) * batch.padded_samples
     return losses.detach()
 
 
@@ -311,26 +315,29 @@ class _Clock:
         }
 
 
-def _log_step(job: Job, state: TrainState, progress: TrainingProgress, clock: _Clock, values: dict[str, Any]) -> None:
+class _Audio(NamedTuple):
+    """What a step was made of, over all ranks."""
+
+    num_utterances: int
+    audio_s: float
+    padded_audio_s: float
+
+
+def _log_step(
+    job: Job, state: TrainState, progress: TrainingProgress, clock: _Clock, values: dict[str, Any], audio: _Audio
+) -> None:
     """Count the step; write a training line where one is due. Loss and counts are this step's, times are means."""
-    epoch, step = divmod(state.step - 1, job.plan.steps_per_epoch)
-    units = job.plan.step_units(epoch, step)
-    lengths = job.corpus.train.num_samples
-    audio_s = float(sum(lengths[unit.ids].sum() for unit in units)) / SAMPLE_RATE
-    num_utterances = sum(len(unit.ids) for unit in units)
-    state.num_utterances += num_utterances
-    state.audio_s += audio_s
+    state.num_utterances += audio.num_utterances
+    state.audio_s += audio.audio_s
     clock.num_steps += 1
-    clock.audio_s += audio_s
+    clock.audio_s += audio.audio_s
     progress.advance(state.step)
     if state.step % job.recipe.log.every and state.step != job.max_steps:
         return
     line = {
         "step": state.step,
         **values,
-        "num_utterances": num_utterances,
-        "audio_s": audio_s,
-        "padded_audio_s": sum(len(unit.ids) * unit.padded_samples for unit in units) / SAMPLE_RATE,
+        **audio._asdict(),
         **clock.read(),
         "num_infinite_losses": state.num_infinite_losses,
         "num_skipped_steps": state.num_skipped_steps,
