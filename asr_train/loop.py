@@ -195,6 +195,9 @@ def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utter
         parallel.backward(loss)
     totals[0] += loss.detach()
     totals[1] += infinite.sum()
+    if turn.unit is not None:  # whole numbers, which float64 sums exactly in any order
+        totals[4] += batch.audio_samples
+        totals[5] += len(batch.ids) * batch.padded_samples
     return losses.detach()
 
 

@@ -1,48 +1,19 @@
 """Benchmarks run, on few files, and say what they say they do; nothing here asserts a time."""
 
-import importlib.util
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
+from bench import check_committed, load, run
 
 from asr_train.data.demo import demo_rows
 from asr_train.data.lengths import LengthIndex
 from asr_train.data.plan import Plan, PlanSettings
 from asr_train.geometry import SAMPLE_RATE
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NUM_FILES, REPEAT = 6, 2
-
-
-def run(script, *arguments):
-    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def load(name):
-    """A benchmark's module."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(BENCHMARKS))  # as when it is run as a script
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-def check_committed(name, smoke_result):
-    """The result in the repository has the form of today's, and the README has its table."""
-    committed = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    assert keys(committed) == keys(smoke_result)
-    module = load(name)
-    assert module.render(committed) in (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +23,6 @@ def smoke(tmp_path_factory):
     done = run("prepare.py", "--files", NUM_FILES, "--repeat", REPEAT, "--rounds", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout
-
-
-def keys(value):
-    """The structure of a result: nested keys, without the values."""
-    return {key: keys(inner) for key, inner in value.items()} if isinstance(value, dict) else None
 
 
 def test_both_sides_prepare_the_same_audio(smoke):

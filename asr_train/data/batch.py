@@ -58,6 +58,7 @@ class Batch:
     keep_layers: torch.Tensor | None  # bool [L]
     seed: int  # of everything random in this unit; 0 in evaluation
     padded_samples: int  # S
+    audio_samples: int  # of all utterances, without their padding
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch on a device, all but its lengths."""
@@ -100,6 +101,7 @@ def make_batch(utterances: Utterances, unit: "Unit", settings: BatchSettings, se
         **masks,
         seed=seed or 0,
         padded_samples=unit.padded_samples,
+        audio_samples=int(num_samples.sum()),
     )
 
 
