@@ -141,14 +141,12 @@ class TrainingLog:
             dtype=torch.float64,
             device=job.parallel.device,
         )
-        gathered = values.new_empty(job.parallel.world_size, len(values))
+        gathered = values.repeat(job.parallel.world_size)
         if job.parallel.world_size > 1:
             dist.all_gather_into_tensor(gathered, values)
-        else:
-            gathered[0] = values
         ranks: list[dict[str, Any]] = [
             {"rank": rank, "host": self._hosts[rank], **dict(zip(names, row, strict=True))}
-            for rank, row in enumerate(gathered.tolist())
+            for rank, row in enumerate(gathered.view(-1, len(values)).tolist())
         ]
         for entry, score in zip(ranks, stragglers(ranks), strict=True):
             entry["straggler"] = score

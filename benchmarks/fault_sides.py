@@ -25,7 +25,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch.distributed.checkpoint import FileSystemReader
 
-from asr_train import checkpoint, checkpoints, loop
+from asr_train import checkpoint, checkpoints
 from asr_train.checkpoint import Saver
 from asr_train.errors import run_main
 from asr_train.files import file_hash, hash_json, read_json, read_jsonl, write_json
@@ -34,6 +34,7 @@ from asr_train.prepare import prepare
 from asr_train.recipe import decode_recipe
 from asr_train.run_dir import RunDir, read_metrics
 from asr_train.train import train
+from asr_train.training_log import TrainingLog
 
 NUM_STEPS = 12
 EPOCH = 5  # steps
@@ -155,13 +156,13 @@ class Ours:
 
         def program() -> int:
             if how.arm is not None:
-                arm, log_step = how.arm, loop._log_step
+                arm, end_step = how.arm, TrainingLog.end_step
 
-                def log_and_arm(job: Any, state: Any, *args: Any) -> None:
-                    log_step(job, state, *args)
-                    arm(state.step)
+                def end_and_arm(self: Any, *args: Any) -> None:
+                    end_step(self, *args)
+                    arm(self._state.step)
 
-                loop._log_step = log_and_arm
+                TrainingLog.end_step = end_and_arm
             return run_main(lambda _: train(self._recipe(run, how)), [])
 
         run.mkdir(exist_ok=True)

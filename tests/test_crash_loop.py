@@ -12,6 +12,7 @@ from asr_train import checkpoint, checkpoints, loop
 from asr_train.errors import CheckpointError
 from asr_train.run_dir import RunDir
 from asr_train.train import train
+from asr_train.training_log import TrainingLog
 
 EVERY = {"checkpoint__every": "2", "checkpoint__keep_last": 1, "checkpoint__keep_best": 0}
 
@@ -68,15 +69,15 @@ def test_attempts_that_fail_by_themselves_step_back_once_and_then_stop_with_a_re
     """An error in step 5, each time; saves at 2 and 4. What is saved at 4 again is nothing new."""
     doomed = recipe("doomed", max_steps=12, checkpoint__every="2", checkpoint__keep_last=9)
     run = RunDir(Path(doomed.run_dir))
-    count = loop._count_skip
+    count = TrainingLog.count_skip
 
     def failing():
-        def fail_at_5(job, state, *rest, **how):
-            if state.step == 5:
+        def fail_at_5(self, *rest, **how):
+            if self._state.step == 5:
                 raise ValueError("utterance 17 is cursed")
-            count(job, state, *rest, **how)
+            count(self, *rest, **how)
 
-        loop._count_skip = fail_at_5
+        TrainingLog.count_skip = fail_at_5
         return train(doomed)
 
     def stopped():

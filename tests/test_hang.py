@@ -12,11 +12,11 @@ import pytest
 from ranks import RankError, run_ranks
 from test_train import recipe  # noqa: F401  recipe is a fixture
 
-from asr_train import loop
 from asr_train.config import LimitSettings
 from asr_train.files import read_json, write_json
 from asr_train.phase import FOLDER, PhaseFile, read_record
 from asr_train.train import train
+from asr_train.training_log import TrainingLog
 from launch import hang, stacks
 from launch.hang import HangWatch, blamed
 from launch.outcome import judge
@@ -341,15 +341,15 @@ def test_a_training_that_waits_for_data_on_one_rank(recipe, tmp_path):  # noqa: 
         def no_data(self, turns):
             if read_record(watch._folder, 1)["step"] == 3:
                 time.sleep(600)
-            return wait_for(self, turns)
+            return next_turn(self, turns)
 
         def training():
             os.environ.update(watch.environment)
             if os.environ["RANK"] == "1":
-                loop._Clock.wait_for = no_data
+                TrainingLog.next_turn = no_data
             return train(starved)
 
-        wait_for = loop._Clock.wait_for
+        next_turn = TrainingLog.next_turn
 
         def end_on_hang():
             look_until_hang(watch, timeout_s=90)

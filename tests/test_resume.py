@@ -46,9 +46,9 @@ def train_and_die(recipe, num_saves):  # noqa: F811
     save = loop._Saves.save
     count = 0
 
-    def dying(self, progress, **how):
+    def dying(self, **how):
         nonlocal count
-        save(self, progress, **how)
+        save(self, **how)
         self._job.saver.wait()
         count += 1
         if count == num_saves:
