@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cluster", metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--name", metavar="S", help="the name of run and corpus, in place of the recipe's")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -5,6 +5,7 @@ comment names the run, and the next call adopts it.
 """
 
 import argparse
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -135,6 +136,7 @@ def retry(argv: Sequence[str]) -> int:
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What the command line changes of the recipe, and of the profile."""
     recipe, cluster = split_changes(options.overrides)
+    recipe += [] if options.name is None else [f"name={json.dumps(options.name)}"]  # quoted: 007 is no number
     return recipe, cluster + ([] if options.nodes is None else [f"nodes={options.nodes}"])
 
 
@@ -329,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cluster", required=True, metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--name", metavar="S", help="the name of run and corpus, in place of the recipe's")
     parser.add_argument("--mail", metavar="ADDRESS", help="Slurm writes there when the job ends or fails for good")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")

@@ -97,6 +97,18 @@ def test_a_dry_run_prints_the_golden_text(recipe, profile, folder, capsys):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(("verb", "more"), [(submit, ["--dry-run"]), (plan, [])])
+def test_a_name_may_be_given_to_the_run(verb, more, recipe, profile, tmp_path, capsys, monkeypatch):
+    """Also one that would be read as a number."""
+    monkeypatch.chdir(tmp_path)
+    assert verb.main([recipe[0], "--cluster", profile(), "--name", "007", *more]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --job-name=007\n" in said
+    assert f"{tmp_path}/runs/007-" in said
+    with pytest.raises(RecipeError, match="name"):
+        verb.main([recipe[0], "--cluster", profile(), "--name", "a/b", *more])
+
+
 def test_a_dry_run_is_what_slurm_gets(slurm, recipe, profile, folder):
     path = profile(sbatch={"begin": "now+1hour"})
     dry = wavefleet(slurm, "submit", *recipe, "--cluster", path, "--dry-run")
