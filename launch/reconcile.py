@@ -85,6 +85,9 @@ def look_after(run: RunDir, *, act: bool) -> Finding:
     if missed := orphans(run):
         why = f"job {missed[0]} was submitted for it and never written down"
         return Finding(name, "adopt", why, adopt(run, missed[0]).job_id if act else None)
+    settings = JobSettings.read(run)
+    if settings.is_of_allocation:  # its batch job may be in the queue, and no record of it is kept
+        return Finding(name, "nothing", "it was trained in an allocation, and goes on there")
     if lock.holder(run.path / "lock.json") is not None:
         return Finding(name, "nothing", "it is being trained outside of Slurm")
     known = starts(run)
@@ -95,7 +98,6 @@ def look_after(run: RunDir, *, act: bool) -> Finding:
     start = known[-1]
     slurm_state = jobs[-1][1].state if jobs else None
     verdict = _verdict(run, start, slurm_state, act=act)
-    settings = JobSettings.read(run)
     if not verdict.goes_on or settings.continuation == "none":
         return Finding(name, "nothing", f"{verdict.kind}: {verdict.message}")
     submission = submit(run, settings, exclude=[entry.host for entry in verdict.exclude_hosts]) if act else None

@@ -26,7 +26,7 @@ from launch.cluster_config import Cluster
 from launch.findings import continuation, findings
 from launch.runs import open_run
 from launch.sbatch import last_word, python_command, sbatch_text, submitit_parameters, without_slurm_variables
-from launch.settings import JobSettings, settings_file
+from launch.settings import JobSettings, of_submission, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import retried
 from launch.task import Task
@@ -119,16 +119,22 @@ def retry(argv: Sequence[str]) -> int:
     """`wavefleet retry RUN`: another job for a run that ended, with its own recipe, profile and code."""
     options = _retry_parser().parse_args(argv)
     run = open_run(options.run)
+    settings = of_submission(run)
     if live := live_job(run):
         print(f"{run.path}: job {live[0].job_id} is {live[1].state} already")
         return EXIT_DONE
     check_may_start(run, retry=True, force=False)
-    settings = JobSettings.read(run)
     cluster = settings.cluster if options.nodes is None else replace(settings.cluster, nodes=options.nodes)
     check_size(run.recipe(), cluster)
     _warn_of_lead(run, cluster)
     retried(run)
-    submission = submit(run, replace(settings, cluster=cluster, code=_code(run, renew=options.update_code)))
+    settings = replace(
+        settings,
+        cluster=cluster,
+        code=_code(run, renew=options.update_code),
+        continuation=continuation(cluster, findings(cluster, settings.cluster_name)),  # doctor may have looked again
+    )
+    submission = submit(run, settings)
     print(f"{run.path}: submitted as job {submission.job_id}")
     return EXIT_DONE
 
