@@ -273,6 +273,11 @@ def live_jobs(job_ids: Sequence[str]) -> dict[str, Counter[str]]:
     return found
 
 
+def is_option(name: str) -> bool:
+    """Whether sbatch takes this variable of a shell or of a job for an option, which wins over what a script says."""
+    return name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF"
+
+
 def max_array_size() -> int:
     """How many tasks an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
@@ -280,12 +285,8 @@ def max_array_size() -> int:
 
 
 def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Give sbatch a script; variables of our shell or job that would win over what it says are left out."""
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SBATCH_", "SLURM_")) or name == "SLURM_CONF"
-    }
+    """Give sbatch a script."""
+    environ = {name: value for name, value in os.environ.items() if not is_option(name)}
     return _call(["sbatch", *options], text=text, environ=environ)
 
 
