@@ -19,10 +19,9 @@ from launch import slurm
 from launch.collect import conclude, judged
 from launch.settings import JobSettings
 from launch.starts import Start, starts, verdicts
-from launch.submit import adopt, orphans, submissions, submit
+from launch.submit import adopt, let_go, orphans, submissions, submit
 from launch.verdict import Verdict
 
-_HELD = "JobHeldUser"
 _RETRY = "`wavefleet retry` tries again"
 
 
@@ -77,10 +76,10 @@ def look_after(run: RunDir, *, act: bool) -> Finding:
     live = [(job_id, state) for job_id, state in jobs if state.is_live]
     if live:
         job_id, state = live[-1]
-        if state.reason != _HELD:
+        if state.reason != slurm.HELD:
             return Finding(name, "nothing", f"job {job_id} is {state.state}")
         if act:
-            slurm.release(job_id)
+            let_go(run, job_id, JobSettings.read(run))
         return Finding(name, "release", f"job {job_id} was left held", job_id if act else None)
     if missed := orphans(run):
         why = f"job {missed[0]} was submitted for it and never written down"

@@ -24,6 +24,7 @@ _LIVE = (
     "SIGNALING",
 )  # fmt: skip
 
+HELD = "JobHeldUser"  # the reason of a job that waits for whoever submitted it
 
 # Signals that the shell ignores, what it starts ignores too.
 _REQUEUE = (

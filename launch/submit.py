@@ -182,12 +182,7 @@ def submit(
             job = executor.submit(Task("launch.node_agent", str(run.path)))
         except submitit.core.utils.FailedJobError as error:
             raise SlurmError(f"Slurm refused the job: {error}") from None
-    submission = _note(run, str(job.job_id), settings)
-    try:
-        then.chain(run, settings, submission.job_id)
-    except SlurmError as error:  # the run's own job is there
-        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
-    return submission
+    return _note(run, str(job.job_id), settings)
 
 
 def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
@@ -209,14 +204,29 @@ def _note(run: RunDir, job_id: str, settings: JobSettings) -> Submission:
     """Write a held job down, then let it go."""
     submission = Submission(job_id, settings.cluster_name, settings.cluster.nodes, time.time(), str(settings.code))
     write_json(run.path / "jobs" / f"{job_id}.json", asdict(submission))
-    slurm.release(job_id)
+    let_go(run, job_id, settings)
     return submission
 
 
+def let_go(run: RunDir, job_id: str, settings: JobSettings) -> None:
+    """Release a job that was written down, and before that submit what should follow the run."""
+    try:
+        then.chain(run, settings, job_id)
+    except SlurmError as error:  # the run's own job is there
+        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
+    finally:
+        slurm.release(job_id)
+
+
 def live_job(run: RunDir) -> tuple[Submission, JobState] | None:
-    """The job that trains this run or will; adopts one that its submitter did not live to write down."""
+    """The job that trains this run or will; one that its submitter did not live to write down or release is, here."""
     for submission in reversed(submissions(run)):
-        state = slurm.job_state(submission.job_id)
+        job_id = submission.job_id
+        state = slurm.job_state(job_id)
+        if state.is_live and state.reason == slurm.HELD:
+            say(f"job {job_id} was left held; it is released now")
+            let_go(run, job_id, JobSettings.read(run))
+            return submission, slurm.job_state(job_id)
         if state.is_live:
             return submission, state
     for job_id in orphans(run):
