@@ -55,7 +55,9 @@ def judged(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s:
         found = replace(found, excluded_hosts=tuple(node.host for node in excluded))
         with suppress(SlurmError):  # else a job that finds too few nodes left is refused when it is put into the queue
             partition = settings.cluster.partition or slurm.default_partition()
-            policy = exclusions.policy(policy, excluded, slurm.node_states(partition), settings.cluster.nodes)
+            # those that are down now would have been room
+            nodes = slurm.usable_nodes(partition, settings.cluster.constraint) | set(found.down_hosts)
+            policy = exclusions.policy(policy, excluded, nodes, settings.cluster.nodes)
     return judge(found, history(run), policy)
 
 

@@ -21,7 +21,7 @@ from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from launch import exclusions, hub_cache, signal_lead, slurm, snapshot, then
-from launch.cluster import load_cluster, split_changes
+from launch.cluster import load_cluster, site_folder, split_changes
 from launch.cluster_config import Cluster
 from launch.findings import continuation, findings
 from launch.runs import open_run
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     check_size(recipe, cluster)
     _warn_of_lead(run, cluster)
     if options.dry_run:
-        print(text(run, recipe, cluster), end="")
+        print(text(run, recipe, cluster, exclude=kept_off(cluster, options.cluster)), end="")
         return EXIT_DONE
     wishes = Wishes(
         retry=options.retry,
@@ -188,10 +188,16 @@ def submit(
 def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
     """These nodes, and those that are excluded on this cluster now; said."""
     cluster, name = settings.cluster, settings.cluster_name
-    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes)
+    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes, cluster.constraint)
     if found:
         say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
     return sorted({*exclude, *found})
+
+
+def kept_off(cluster: Cluster, cluster_name: str) -> list[str]:
+    """The nodes that a job would be submitted without now."""
+    site = site_folder(cluster, cluster_name)
+    return sorted(exclusions.to_show(site, cluster.partition, cluster.nodes, cluster.constraint))
 
 
 def submissions(run: RunDir) -> list[Submission]:
@@ -322,9 +328,9 @@ def _parameters(
     return parameters
 
 
-def text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
-    """The batch script that would be submitted; nothing is touched."""
-    parameters = _parameters(run, recipe.name, cluster, code_of(run))
+def text(run: RunDir, recipe: Recipe, cluster: Cluster, *, exclude: Sequence[str] = ()) -> str:
+    """The batch script that would be submitted, without some nodes; nothing is touched."""
+    parameters = _parameters(run, recipe.name, cluster, code_of(run), exclude=exclude)
     folder = run.path / "slurm"
     command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return sbatch_text(parameters, folder, command)

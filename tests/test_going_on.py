@@ -14,7 +14,7 @@ from launch import cli, continuation, last_word, slurm, starts, status
 from launch.child import Signals
 from launch.cluster import load_cluster
 from launch.findings import Findings, NodeFacts, SlurmFacts, keep
-from launch.node_agent import _Watch
+from launch.node_agent import _stop_reason, _Watch
 from launch.sbatch import last_word as last_word_lines
 from launch.settings import ALLOCATION, JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
@@ -183,7 +183,8 @@ def test_a_run_that_was_not_submitted_is_not_tried_again_as_a_job(site, capsys):
 
 @pytest.mark.parametrize(("asked", "expected"), [("auto", "successor"), ("requeue", "requeue")])
 def test_a_retry_goes_on_as_doctor_found_meanwhile(site, monkeypatch, tmp_path, asked, expected):
-    cluster = replace(site.settings.cluster, continuation=asked, shared=str(tmp_path / "shared"))
+    shared = str(tmp_path / "shared")
+    cluster = replace(site.settings.cluster, nodes=1, continuation=asked, shared=shared)
     replace(site.settings, cluster=cluster).write(site.run)
     facts = SlurmFacts(
         version="22.05", proctrack=None, kill_wait_s=None, preempt_type=None, sends_user_signal=False,
@@ -235,6 +236,15 @@ def test_ranks_that_do_not_end_after_the_warning_are_ended_in_time_for_going_on(
     assert "have not saved and ended in time" in capsys.readouterr().err
     signals.first = signal.SIGTERM  # of somebody who may wait
     assert not watch(None)
+
+
+@pytest.mark.parametrize(("down", "expected"), [([], "preempted"), (["n2"], "SIGTERM")])
+def test_a_job_that_slurm_put_back_was_preempted_unless_a_node_of_it_is_down(site, monkeypatch, down, expected):
+    site.job = JobState("COMPLETING", restarts=1)
+    monkeypatch.setattr(slurm, "unusable", lambda hosts: down)
+    signals, start = Signals(), SimpleNamespace(hosts=("n1", "n2"))
+    signals.first = signal.SIGTERM
+    assert _stop_reason(SimpleNamespace(signals=signals, job_id="7", restarts=0, start=start)) == expected
 
 
 @pytest.mark.parametrize(

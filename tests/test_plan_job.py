@@ -111,7 +111,9 @@ def test_a_name_may_be_given_to_the_run(verb, more, recipe, profile, tmp_path, c
 
 def test_a_dry_run_is_what_slurm_gets(slurm, recipe, profile, folder):
     path = profile(sbatch={"begin": "now+1hour"})
+    wavefleet(slurm, "nodes", "--cluster", path, "--add", "n3", "--reason", "slow")
     dry = wavefleet(slurm, "submit", *recipe, "--cluster", path, "--dry-run")
+    assert "#SBATCH --exclude=n3\n" in dry
     job = re.search(r"job (\d+)", wavefleet(slurm, "submit", *recipe, "--cluster", path))[1]
     sent = slurm.run("scontrol", "write", "batch_script", job, "-")
     assert sent.strip() == dry.replace("'wavefleet:<run id>'", f"wavefleet:{RunDir(folder).run_id}").strip()
@@ -155,6 +157,10 @@ def test_a_plan_on_a_real_slurm_says_when_the_job_would_start(slurm, recipe, pro
     assert said.endswith(wavefleet(slurm, "submit", *recipe, "--cluster", path, "--dry-run"))
     assert sorted(tmp_path.rglob("*")) == before
     assert set(slurm.jobs()) == jobs
+    wavefleet(slurm, "nodes", "--cluster", path, "--add", "n1", "--reason", "slow")
+    without = wavefleet(slurm, "plan", *recipe, "--cluster", path)
+    assert "kept off       n1; `wavefleet nodes` says why\n" in without
+    assert re.search(r"^start .* on nodes n\[2-3\]", without, re.MULTILINE)
     refused = wavefleet(slurm, "plan", *recipe, "--cluster", path, "--nodes", 5)
     assert "start          unknown: sbatch --test-only: allocation failure: Requested node configuration" in refused
 
