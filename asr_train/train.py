@@ -19,8 +19,9 @@ from asr_train.checkpoints import Checkpoint
 from asr_train.config import Recipe
 from asr_train.data.corpus import Corpus
 from asr_train.data.loader import TurnBatches
-from asr_train.data.plan import Plan, PlanSettings, check_world_size
+from asr_train.data.plan import Plan, PlanSettings
 from asr_train.data.stage import on_this_node
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
 from asr_train.estimate import quadratic_share
 from asr_train.job import Job

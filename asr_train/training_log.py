@@ -190,10 +190,10 @@ class TrainingLog:
         job.log({"event": "skipped", "step": state.step, "ids": names, "cause": "loss" if names else "gradient"})
         limit = job.recipe.limits.max_skipped_steps
         if state.num_skipped_in_a_row >= limit:
+            which = f"{limit} steps in a row were not finite, the last one" if limit > 1 else "A step was not finite:"
             raise TrainingError(
-                f"{limit} steps in a row were not finite, the last one step {state.step} ({cause}); checkpoints before"
-                " them are kept. Try a lower optim.lr, more warm-up or bf16, or look at the utterances named in"
-                " metrics.jsonl."
+                f"{which} step {state.step} ({cause}); checkpoints before are kept. Try a lower optim.lr, more warm-up"
+                " or bf16, or look at the utterances named in metrics.jsonl."
             )
 
     def write_trained_ids(self, epoch: int, done: list[Done]) -> None:

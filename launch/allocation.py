@@ -17,10 +17,9 @@ from launch import last_word, slurm, snapshot
 from launch.child import Signals, nobody, run_child
 from launch.cluster_config import Cluster
 from launch.requests import ask
-from launch.settings import JobSettings
+from launch.settings import ALLOCATION, JobSettings
 from launch.starts import retried
 
-_NAME = "allocation"
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # the numbers of salloc's own shell, a batch script and the like
 
 
@@ -53,7 +52,7 @@ def train(run: RunDir, recipe: Recipe, *, accelerate: str | None, processes: int
         code = JobSettings.read(run).code if restarted else snapshot.take(run.path / "code")
     settings = JobSettings(
         code=code,
-        cluster_name=_NAME,
+        cluster_name=ALLOCATION,
         cluster=cluster,
         continuation="requeue" if is_batch and job.get("Requeue") == "1" else "none",
     )

@@ -19,18 +19,12 @@ from launch.slurm import SlurmError
 from launch.starts import Start, history, write_verdict
 from launch.verdict import Evidence, NodeReport, Policy, Verdict
 
-DEFAULT_POLICY: Final = Policy()
+_BY_SAME_COMMAND: Final = Policy(retry_with="the same command")
+_ON_THIS_MACHINE: Final = replace(_BY_SAME_COMMAND, max_excluded_hosts=0)  # there is no other node
 _TAIL_BYTES = 16_384
 
 
-def conclude(
-    run: RunDir,
-    start: Start,
-    *,
-    slurm_state: str | None = None,
-    wait_s: float = 0.0,
-    policy: Policy = DEFAULT_POLICY,
-) -> Verdict:
+def conclude(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0) -> Verdict:
     """Judge a start that ended, and write the verdict down.
 
     Args:
@@ -38,9 +32,8 @@ def conclude(
         start: the start.
         slurm_state: of its job.
         wait_s: how long to wait for nodes that have not said how they ended.
-        policy: how often to try.
     """
-    verdict = judged(run, start, slurm_state=slurm_state, wait_s=wait_s, policy=policy)
+    verdict = judged(run, start, slurm_state=slurm_state, wait_s=wait_s)
     write_verdict(run, start, verdict)
     if verdict.exclude_hosts and (settings := _job_settings(run, start)) is not None:
         try:
@@ -50,17 +43,21 @@ def conclude(
     return verdict
 
 
-def judged(
-    run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0, policy: Policy = DEFAULT_POLICY
-) -> Verdict:
+def judged(run: RunDir, start: Start, *, slurm_state: str | None = None, wait_s: float = 0.0) -> Verdict:
     """The verdict on a start that ended, written nowhere; see `conclude`."""
     found = evidence(run, start, slurm_state=slurm_state, wait_s=wait_s)
+    if start.job_id is None:
+        return judge(found, history(run), _ON_THIS_MACHINE)
+    policy = Policy()
     if (settings := _job_settings(run, start)) is not None:
+        policy = _BY_SAME_COMMAND if settings.is_of_allocation else policy
         excluded = exclusions.live(settings.site)
         found = replace(found, excluded_hosts=tuple(node.host for node in excluded))
         with suppress(SlurmError):  # else a job that finds too few nodes left is refused when it is put into the queue
             partition = settings.cluster.partition or slurm.default_partition()
-            policy = exclusions.policy(policy, excluded, slurm.node_states(partition), settings.cluster.nodes)
+            # those that are down now would have been room
+            nodes = slurm.usable_nodes(partition, settings.cluster.constraint) | set(found.down_hosts)
+            policy = exclusions.policy(policy, excluded, nodes, settings.cluster.nodes)
     return judge(found, history(run), policy)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from asr_train.errors import RecipeError
+from asr_train.errors import RecipeError, say
 from asr_train.files import read_json, write_json
 from launch import slurm
 from launch.verdict import Policy, Verdict
@@ -91,7 +91,7 @@ def of_verdict(verdict: Verdict, run: Path, now: float | None = None) -> list[Ex
     ]
 
 
-def to_avoid(site: Path, partition: str | None, num_nodes: int) -> list[str]:
+def to_avoid(site: Path, partition: str | None, num_nodes: int, constraint: str | None = None) -> list[str]:
     """Names for sbatch's --exclude; without nodes that Slurm no longer knows, for which it would refuse the job.
 
     Raises:
@@ -103,8 +103,17 @@ def to_avoid(site: Path, partition: str | None, num_nodes: int) -> list[str]:
     known = slurm.node_states()
     hosts = [node.host for node in excluded if node.host in known]
     if partition := partition or slurm.default_partition():
-        slurm.check_room(partition, num_nodes, hosts)
+        slurm.check_room(partition, num_nodes, hosts, constraint=constraint)
     return hosts
+
+
+def to_show(site: Path, partition: str | None, num_nodes: int, constraint: str | None = None) -> list[str]:
+    """As `to_avoid`, where nothing is submitted: what would keep it from being is said."""
+    try:
+        return to_avoid(site, partition, num_nodes, constraint)
+    except slurm.SlurmError as error:
+        say(str(error))
+        return [node.host for node in live(site)]
 
 
 def policy(policy: Policy, excluded: Sequence[ExcludedNode], partition_nodes: Iterable[str], num_nodes: int) -> Policy:

@@ -101,9 +101,11 @@ def parameters_of(cluster: Cluster, folder: Path, code: Path, job_name: str) -> 
     return parameters
 
 
-def batch_text(cluster: Cluster, folder: Path, job_name: str, *, num_tasks: int = 1) -> str:
+def batch_text(cluster: Cluster, site: Path, folder: Path, job_name: str, *, num_tasks: int = 1) -> str:
     """The batch script of a submission, for a dry run; nothing is touched."""
     parameters = parameters_of(cluster, folder, folder / "code", job_name)
+    if excluded := exclusions.to_show(site, cluster.partition, 1, cluster.constraint):
+        parameters["exclude"] = ",".join(excluded)
     if num_tasks > 1:
         parameters["map_count"] = num_tasks
     slurm_folder = folder / "slurm"
@@ -168,7 +170,8 @@ def hold(folder: Path, tasks: Sequence[Task], *, after: str | None = None) -> li
 
     job = read_json(folder / JOB)
     parameters = dict(job["parameters"])
-    if excluded := exclusions.to_avoid(Path(job["site"]), parameters.get("partition"), num_nodes=1):
+    asked = parameters.get("partition"), 1, parameters.get("constraint")
+    if excluded := exclusions.to_avoid(Path(job["site"]), *asked):
         parameters["exclude"] = ",".join(excluded)
     if after is not None:
         parameters["dependency"] = after

@@ -18,9 +18,8 @@ from launch.hang import HangWatch
 from launch.notify import notify
 from launch.placement import Placement, place
 from launch.starts import Start, next_local, retried
-from launch.verdict import Policy, Verdict
+from launch.verdict import Verdict
 
-_POLICY = Policy(max_excluded_hosts=0)  # there is no other node
 _POLL_S = 0.2
 
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
                 ended = _train(run, start, placement, [options.recipe, *options.overrides, *switches], signals, watch)
             if start.attempt(run) is None and not run.done.exists():
                 return _never_began(ended)
-            verdict = conclude(run, start, policy=_POLICY)
+            verdict = conclude(run, start)
             if verdict.action != "retry" or ended.stopped_by is not None:
                 return _end(run, verdict)
             say(f"{verdict.kind}: {verdict.message}")

@@ -285,8 +285,12 @@ def _stop_reason(node: _Node) -> str | None:
     job = _slurm_state(node.job_id)
     if job.is_overdue:
         return "time limit"
-    if job.is_preempted or job.restarts > node.restarts:  # it is in the queue again, and nobody here put it there
+    if job.is_preempted:
         return "preempted"
+    if job.restarts > node.restarts:  # it is in the queue again, and nobody here put it there
+        if _why_requeued(node.start.hosts) == "PREEMPTED":
+            return "preempted"
+        return signal.Signals(number).name  # a node is lost, and nobody asked for a stop
     if number in _WARNINGS:
         return "time limit"
     return "cancelled" if job.state in ("CANCELLED", "COMPLETING") else signal.Signals(number).name

@@ -24,7 +24,7 @@ from launch.evidence import (
     sort,
 )
 from launch.rules import RULES, Finding
-from launch.verdict import Evidence, Exclusion, History, Line, Policy, Verdict
+from launch.verdict import RETRY, Evidence, Exclusion, History, Line, Policy, Verdict
 
 _DEFAULT: Final = Policy()
 _MAX_NAMED = 20  # utterances in a message
@@ -57,7 +57,7 @@ def _backed_off(finding: Finding, attempt: Attempt, history: History, policy: Po
     tried = sum(verdict.kind == "network" for verdict in past)
     if tried < len(policy.network_waits_s):
         return replace(finding, wait_s=policy.network_waits_s[tried])
-    advice = f"{tried} tries did not help. Look at the network between the nodes, then `wavefleet retry`"
+    advice = f"{tried} tries did not help. Look at the network between the nodes, then {RETRY}"
     return replace(finding, action="stop", advice=advice)
 
 
@@ -93,7 +93,7 @@ def _kept_off(finding: Finding, attempt: Attempt, history: History, policy: Poli
         advice = (
             f"{len(excluded)} nodes are excluded already, and {policy.max_excluded_hosts} may be. Have them looked at"
             if policy.max_excluded_hosts
-            else "There is no other node to go on with. Have it looked at, then `wavefleet retry`"
+            else f"There is no other node to go on with. Have it looked at, then {RETRY}"
         )
         return replace(finding, action="stop", exclude=(), advice=advice)
     return replace(finding, exclude=tuple(new[:room]))
@@ -108,7 +108,7 @@ def _within_budget(finding: Finding, attempt: Attempt, history: History, policy:
     return replace(finding, action="stop", exclude=(), wait_s=0.0, advice=advice.strip())
 
 
-_MEND: Final = "Mend the cause, then `wavefleet retry`"
+_MEND: Final = f"Mend the cause, then {RETRY}"
 
 
 def _num_failed(finding: Finding, attempt: Attempt, history: History) -> int:
@@ -162,7 +162,8 @@ def _message(finding: Finding, attempt: Attempt, history: History, policy: Polic
     made = f"{lost} step{'s' if lost > 1 else ''} made {'since' if newest is not None else 'so far'}"
     again = f"; {made} {'are' if lost > 1 else 'is'} lost" if lost else ""
     if finding.action == "stop":
-        parts += [finding.advice, "" if finding.kind == "no_checkpoint" else f"It can go on {start}{again}"]
+        parts.append(finding.advice.replace(RETRY, policy.retry_with))
+        parts.append("" if finding.kind == "no_checkpoint" else f"It can go on {start}{again}")
     elif finding.action == "continue":
         parts += [f"Going on {start}{again}", _kept_off_text(finding), _fruitless(finding, attempt, history)]
     else:

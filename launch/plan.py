@@ -25,7 +25,7 @@ from launch.node_agent import training_environment
 from launch.placement import Placement, Rendezvous
 from launch.sbatch import python_command
 from launch.slurm import SlurmError
-from launch.submit import check_size, code_of, split_overrides, text
+from launch.submit import check_size, code_of, kept_off, split_overrides, text
 
 _START = "<job id>.0"
 _ADDRESS, _PORT = "<address of node 0>", "<free port of node 0>"
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
 def plan(recipe: Recipe, cluster: Cluster, cluster_name: str) -> dict[str, Any]:
     """What a job would be, as plain values."""
     run = RunDir(run_directory(recipe))
-    batch_text = text(run, recipe, cluster)
+    without = kept_off(cluster, cluster_name)
+    batch_text = text(run, recipe, cluster, exclude=without)
     start, start_problem = None, None
     try:
         start = slurm.expected_start(batch_text)
@@ -69,6 +70,7 @@ def plan(recipe: Recipe, cluster: Cluster, cluster_name: str) -> dict[str, Any]:
         "time_min": cluster.time,
         "node_hours": cluster.nodes * hours,
         "gpu_hours": cluster.nodes * cluster.gpus_per_node * hours,
+        "kept_off": without,
         "expected_start": start,
         "start_problem": start_problem,
         "continuation": continuation(cluster, findings(cluster, cluster_name)),
@@ -117,6 +119,8 @@ def _print(found: Mapping[str, Any]) -> None:
     print(f"run directory  {found['run_dir']}")
     print(f"a job          {_count(found['nodes'], 'node')}, {gpus}{processes} in all, {found['time_min']} minutes")
     print(f"at most        {found['gpu_hours']:,.1f} GPU-hours, {found['node_hours']:,.1f} node-hours a job")
+    if found["kept_off"]:
+        print(f"kept off       {', '.join(found['kept_off'])}; `wavefleet nodes` says why")
     start = found["expected_start"] or f"unknown: {found['start_problem']}"
     print("start          " + start.replace("\n", "\n" + 15 * " "))
     print(f"goes on by     {found['continuation']}")
@@ -153,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cluster", metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--name", metavar="S", help="the name of run and corpus, in place of the recipe's")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -37,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
     cluster = job.on_one_node(load_cluster(options.cluster, changes), changes, num_gpus=0)
     if not any(text.startswith("data.num_proc=") for text in overrides):  # a task has its CPUs for itself
         recipe = replace(recipe, data=replace(recipe.data, num_proc=cluster.cpus_per_node))
+    site = site_folder(cluster, options.cluster)
     if options.dry_run:
-        _dry_run(recipe, cluster, options.tasks)
+        _dry_run(recipe, cluster, site, options.tasks)
         return EXIT_DONE
     arguments = [options.recipe, *overrides]
     hub_cache.fill(arguments, recipe, cluster)
@@ -57,7 +58,6 @@ def main(argv: Sequence[str]) -> int:
         elif found["state"] == "busy":
             print(f"{corpus} is being prepared by {found['who']}")
         else:
-            site = site_folder(cluster, options.cluster)
             _submit(recipe, cluster, site, corpus, found["pending"], options.tasks)
     return EXIT_DONE
 
@@ -99,12 +99,12 @@ def _begin(arguments: Sequence[str], num_tasks: int, environ: Mapping[str, str])
     return done.returncode, json.loads(done.stdout) if done.returncode == EXIT_DONE else {}
 
 
-def _dry_run(recipe: Recipe, cluster: Cluster, num_tasks: int) -> None:
+def _dry_run(recipe: Recipe, cluster: Cluster, site: Path, num_tasks: int) -> None:
     """Print the batch texts; the corpus has its real name only when its model is known, which takes seconds."""
     folder = _folder(Path(recipe.data.corpus_root) / f"{recipe.name}-HASH")
     name = f"prepare {recipe.name}"
-    print(job.batch_text(cluster, folder, name, num_tasks=num_tasks))
-    print(f"# and when all of these have ended well:\n{job.batch_text(cluster, folder, name)}", end="")
+    print(job.batch_text(cluster, site, folder, name, num_tasks=num_tasks))
+    print(f"# and when all of these have ended well:\n{job.batch_text(cluster, site, folder, name)}", end="")
 
 
 def _folder(corpus: Path) -> Path:

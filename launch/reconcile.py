@@ -19,10 +19,9 @@ from launch import slurm
 from launch.collect import conclude, judged
 from launch.settings import JobSettings
 from launch.starts import Start, starts, verdicts
-from launch.submit import adopt, orphans, submissions, submit
+from launch.submit import adopt, let_go, orphans, submissions, submit
 from launch.verdict import Verdict
 
-_HELD = "JobHeldUser"
 _RETRY = "`wavefleet retry` tries again"
 
 
@@ -77,14 +76,17 @@ def look_after(run: RunDir, *, act: bool) -> Finding:
     live = [(job_id, state) for job_id, state in jobs if state.is_live]
     if live:
         job_id, state = live[-1]
-        if state.reason != _HELD:
+        if state.reason != slurm.HELD:
             return Finding(name, "nothing", f"job {job_id} is {state.state}")
         if act:
-            slurm.release(job_id)
+            let_go(run, job_id, JobSettings.read(run))
         return Finding(name, "release", f"job {job_id} was left held", job_id if act else None)
     if missed := orphans(run):
         why = f"job {missed[0]} was submitted for it and never written down"
         return Finding(name, "adopt", why, adopt(run, missed[0]).job_id if act else None)
+    settings = JobSettings.read(run)
+    if settings.is_of_allocation:  # its batch job may be in the queue, and no record of it is kept
+        return Finding(name, "nothing", "it was trained in an allocation, and goes on there")
     if lock.holder(run.path / "lock.json") is not None:
         return Finding(name, "nothing", "it is being trained outside of Slurm")
     known = starts(run)
@@ -95,7 +97,6 @@ def look_after(run: RunDir, *, act: bool) -> Finding:
     start = known[-1]
     slurm_state = jobs[-1][1].state if jobs else None
     verdict = _verdict(run, start, slurm_state, act=act)
-    settings = JobSettings.read(run)
     if not verdict.goes_on or settings.continuation == "none":
         return Finding(name, "nothing", f"{verdict.kind}: {verdict.message}")
     submission = submit(run, settings, exclude=[entry.host for entry in verdict.exclude_hosts]) if act else None

@@ -44,9 +44,9 @@ def _run(verb: str, argv: Sequence[str]) -> int:
         raise RunError(f"{verb} {' '.join(arguments)}: none of these is a file or folder here")
     cluster = job.on_one_node(load_cluster(options.cluster, changes), changes, num_gpus=1)
     folder = _folder(verb, subject, arguments)
-    name = f"{verb} {subject.absolute().name}"
+    name, site = f"{verb} {subject.absolute().name}", site_folder(cluster, options.cluster)
     if options.dry_run:
-        print(job.batch_text(cluster, folder, name), end="")
+        print(job.batch_text(cluster, site, folder, name), end="")
         return EXIT_DONE
     with job.submitting(folder, cluster):
         if states := job.live(folder):
@@ -54,7 +54,6 @@ def _run(verb: str, argv: Sequence[str]) -> int:
             say(f"{job.shown(states)} already; {_where(folder, verb)}")
         else:
             code = snapshot.take(folder / "code")
-            site = site_folder(cluster, options.cluster)
             command = Command(verb, f"asr_train.{verb}", arguments)
             job.write_job(folder, cluster, site, code, name, [command])
             (job_id,) = job.hold(folder, [job.task(folder, verb)])

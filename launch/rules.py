@@ -23,7 +23,7 @@ from launch.evidence import (
     where,
 )
 from launch.signs import Sign
-from launch.verdict import Action, Kind
+from launch.verdict import RETRY, Action, Kind
 
 _STOP_AT_ONCE: Final = ("out_of_memory", "recipe", "data", "code", "no_checkpoint")
 _STATES: Final = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a disk or a driver",
@@ -61,16 +61,16 @@ def _asked_to_end(attempt: Attempt) -> Finding | None:
     before = f"; before that, {first.where} failed: {first.sign.text}" if first and not attempt.stopped else ""
     if attempt.ended_by == "cancelled":
         by = f" by {attempt.evidence.cancelled_by}" if attempt.evidence.cancelled_by else ""
-        return Finding(kind="cancelled", action="stop", what=f"The job was cancelled{by}{before}", advice=RETRY)
+        return Finding(kind="cancelled", action="stop", what=f"The job was cancelled{by}{before}", advice=_BY_HAND)
     if attempt.ended_by == "deadline":
         what = f"The job's deadline passed{before}"
-        return Finding(kind="time_limit", action="stop", what=what, advice=RETRY)
+        return Finding(kind="time_limit", action="stop", what=what, advice=_BY_HAND)
     if attempt.ended_by == "user":
         if first and not attempt.stopped:
-            return replace(_of_cause(first, attempt), action="stop", advice=first.sign.advice or RETRY)
+            return replace(_of_cause(first, attempt), action="stop", advice=first.sign.advice or _BY_HAND)
         reason = attempt.evidence.stop_reason
         by = f" ({reason})" if reason and reason != "user" else ""
-        return Finding(kind="stopped_by_user", action="stop", what=f"Stopped on request{by}", advice=RETRY)
+        return Finding(kind="stopped_by_user", action="stop", what=f"Stopped on request{by}", advice=_BY_HAND)
     return None
 
 
@@ -95,7 +95,7 @@ def _preflight(attempt: Attempt) -> Finding | None:
         exclude=tuple((name, str(text)) for name, text in refused.items()),
     )
     if len(refused) == len(nodes) > 1:
-        return replace(finding, action="stop", advice="It is so on all nodes: mend it, then `wavefleet retry`")
+        return replace(finding, action="stop", advice=f"It is so on all nodes: mend it, then {RETRY}")
     return finding
 
 
@@ -252,14 +252,14 @@ def _network(attempt: Attempt) -> Finding | None:
 def _anything(attempt: Attempt) -> Finding:
     evidence = attempt.evidence
     if attempt.stopped:
-        return Finding(kind="stopped_by_user", action="stop", what="Stopped, it is not known by whom", advice=RETRY)
+        return Finding(kind="stopped_by_user", action="stop", what="Stopped, it is not known by whom", advice=_BY_HAND)
     state = f"; Slurm says {slurm_state(evidence)}" if slurm_state(evidence) else ""
     codes = [f"{host}: exit code {node.exit_code}" for host, node in evidence.nodes.items() if node.exit_code]
     what = f"The attempt ended without a word from any rank{state}{'; ' if codes else ''}{', '.join(codes)}"
     return Finding(kind="unknown", action="retry", what=what, hosts=all_hosts(attempt), by_itself=True)
 
 
-RETRY: Final = "Only `wavefleet retry` goes on with it"
+_BY_HAND: Final = f"Only {RETRY} goes on with it"
 RULES: Final[tuple[Callable[[Attempt], Finding | None], ...]] = (
     _done, _asked_to_end, _stopped, _preflight, _hardware, _named_cause, _slurm_saw_memory, _node_failure,
     _own_failure, _hang, _ended_outside, _without_word, _network, _anything,

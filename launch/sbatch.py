@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_train.errors import RecipeError, say
+from launch import slurm
 from launch.cluster import environment
 from launch.cluster_config import Cluster, line_problem
 
@@ -123,8 +124,7 @@ def python_command(cluster: Cluster) -> str:
 @contextmanager
 def without_slurm_variables() -> Iterator[None]:
     """Those of a shell would win over the profile, silently; those of a job would reach the next one."""
-    ours = [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF"]
-    removed = {name: os.environ.pop(name) for name in ours}
+    removed = {name: os.environ.pop(name) for name in list(os.environ) if slurm.is_option(name)}
     for name in [name for name in removed if name.startswith("SBATCH_")]:
         say(f"{name}={removed[name]} of your shell is left out; set it in the profile")
     try:

@@ -5,17 +5,18 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from asr_train.errors import EXIT_NO_CHECKPOINT, EXIT_USAGE
+from launch.verdict import RETRY
 
 SignKind = Literal["out_of_memory", "hardware", "network", "recipe", "data", "code", "no_checkpoint", "failed"]
 
 _MAX_CHARACTERS = 600
 _GPU_MEMORY: Final = (
-    "Shard the model (fsdp2) or take a larger GPU, then `wavefleet retry`. Or start a new run, for it has another plan"
+    f"Shard the model (fsdp2) or take a larger GPU, then {RETRY}. Or start a new run, for it has another plan"
     " of the data, with a lower unit_audio_s and as many more units_per_step"
 )
 _HOST_MEMORY: Final = "Ask for more memory in the cluster profile, or lower num_workers"
 _SHARED_MEMORY: Final = "Give the job more shared memory (/dev/shm), or lower num_workers"
-_MEND: Final = "Mend what the message names, then `wavefleet retry`"
+_MEND: Final = f"Mend what the message names, then {RETRY}"
 _PORT: Final = "Another program listens on the port; the next attempt takes another one"
 
 

@@ -19,11 +19,13 @@ _TIMEOUT_S = 30
 _SILENCE = re.compile(
     r"unable to contact slurm controller|connection refused|did not answer|socket timed out|connect failure", re.I
 )
+_UNUSABLE = re.compile("down|drain|fail|boot", re.IGNORECASE)  # states of nodes, which may end with * and the like
 _LIVE = (
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT",
     "SIGNALING",
 )  # fmt: skip
 
+HELD = "JobHeldUser"  # the reason of a job that waits for whoever submitted it
 
 # Signals that the shell ignores, what it starts ignores too.
 _REQUEUE = (
@@ -187,7 +189,13 @@ def requeue(job_id: str, *, exclude: Sequence[str] = (), begin_in_s: float = 0.0
     """
     if exclude:
         job = details(job_id)
-        check_room(job["Partition"], int(job["NumNodes"].partition("-")[0]), exclude)
+        constraint = job.get("Features", "(null)")
+        check_room(
+            job["Partition"],
+            int(job["NumNodes"].partition("-")[0]),
+            exclude,
+            constraint=None if constraint == "(null)" else constraint,
+        )
     changes = [f"ExcNodeList={','.join(exclude)}"]
     changes += [f"StartTime=now+{begin_in_s:.0f}"] if begin_in_s else []
     command = ("sh", "-c", _REQUEUE, "sh", job_id, *changes)
@@ -205,7 +213,7 @@ def unusable(hosts: Sequence[str]) -> list[str]:
     except SlurmError:
         return []
     states = dict(line.split() for line in lines)
-    return [host for host, state in states.items() if re.match("down|drain|fail|boot", state, re.IGNORECASE)]
+    return [host for host, state in states.items() if _UNUSABLE.match(state)]
 
 
 def node_states(partition: str | None = None) -> dict[str, str]:
@@ -229,19 +237,45 @@ def default_partition() -> str | None:
     return next((name.removesuffix("*") for name in names if name.endswith("*")), None)
 
 
-def check_room(partition: str, num_nodes: int, without: Sequence[str]) -> None:
-    """Refuse what would stay pending for ever: a job on more nodes than its partitions have without the excluded ones.
+def usable_nodes(partition: str | None, constraint: str | None = None) -> set[str]:
+    """Nodes of some partitions, or of all, that a job may get: not down or drained, and with the features it asks for.
+
+    Of a constraint with brackets, parentheses or counts any one of its features will do.
+
+    Raises:
+        SlurmError: slurmctld does not answer.
+    """
+    which = [] if partition is None else [f"--partition={partition}"]
+    lines = run("sinfo", "--noheader", "--Node", *which, "--format=%N|%T|%f").splitlines()
+    rows = (line.strip().split("|") for line in lines)
+    return {
+        name for name, state, features in rows if not _UNUSABLE.match(state) and _has(features.split(","), constraint)
+    }
+
+
+def _has(features: Sequence[str], constraint: str | None) -> bool:
+    """Whether a node with these features is one that a constraint asks for."""
+    if constraint is None:
+        return True
+    if re.search(r"[][(){}*]", constraint):
+        return any(word in features for word in re.findall(r"[^][(){}*&|,\s]+", constraint))
+    return any(all(word in features for word in re.split("[&,]", part)) for part in constraint.split("|"))
+
+
+def check_room(partition: str, num_nodes: int, without: Sequence[str], *, constraint: str | None = None) -> None:
+    """Refuse a job that would stay pending for the nodes that it is kept off, and for nothing else.
 
     Raises:
         SlurmError: says how many there are.
     """
-    nodes = set(node_states(partition))
+    nodes = usable_nodes(partition, constraint)
     excluded = sorted(nodes & set(without))
-    if excluded and len(nodes) - len(excluded) < num_nodes:
+    if len(nodes) - len(excluded) < num_nodes <= len(nodes):
+        kind = f" with {constraint}" if constraint else ""
         raise SlurmError(
-            f"the job needs {num_nodes} of the {len(nodes)} nodes of {partition}, and {', '.join(excluded)} of them"
-            f" {'are' if len(excluded) > 1 else 'is'} excluded; it would never start. `wavefleet nodes --cluster P"
-            " --remove HOST` takes one back"
+            f"the job needs {num_nodes} of the {len(nodes)} nodes of {partition}{kind} that are up, and"
+            f" {', '.join(excluded)} of them {'are' if len(excluded) > 1 else 'is'} excluded; it would not start."
+            " `wavefleet nodes --cluster P --remove HOST` takes one back"
         )
 
 
@@ -273,6 +307,11 @@ def live_jobs(job_ids: Sequence[str]) -> dict[str, Counter[str]]:
     return found
 
 
+def is_option(name: str) -> bool:
+    """Whether sbatch takes this variable of a shell or of a job for an option, which wins over what a script says."""
+    return name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF"
+
+
 def max_array_size() -> int:
     """How many tasks an array may have here."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
@@ -280,12 +319,8 @@ def max_array_size() -> int:
 
 
 def _sbatch(text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Give sbatch a script; variables of our shell or job that would win over what it says are left out."""
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SBATCH_", "SLURM_")) or name == "SLURM_CONF"
-    }
+    """Give sbatch a script."""
+    environ = {name: value for name, value in os.environ.items() if not is_option(name)}
     return _call(["sbatch", *options], text=text, environ=environ)
 
 

@@ -18,12 +18,11 @@ from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
 from launch import slurm, then
-from launch.collect import evidence
+from launch.collect import judged
 from launch.evidence import where
-from launch.outcome import judge
 from launch.runs import open_run
 from launch.slurm import SlurmError
-from launch.starts import Start, history, starts, verdicts
+from launch.starts import Start, starts, verdicts
 from launch.submit import submissions
 
 _REQUEUE_S = 180.0  # for a job to be back in the queue; it takes longer the longer Slurm's KillWait is
@@ -99,7 +98,7 @@ def _worked_out(run: RunDir, start: Start) -> dict[str, Any]:
     job = None if start.job_id is None else slurm.job_state(start.job_id)
     if (job is not None and job.is_live) or lock.holder(run.path / "lock.json") is not None:
         raise RunError(f"{run.path} is being trained, or will be, by {start.name}; `wavefleet status` says how it is")
-    verdict = judge(evidence(run, start, slurm_state=None if job is None else job.state), history(run))
+    verdict = judged(run, start, slurm_state=None if job is None else job.state)
     return {"start": start.name, **verdict.to_json()}
 
 

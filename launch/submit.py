@@ -5,6 +5,7 @@ comment names the run, and the next call adopts it.
 """
 
 import argparse
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ from asr_train.files import read_json, write_json
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, locked_message
 from launch import exclusions, hub_cache, signal_lead, slurm, snapshot, then
-from launch.cluster import load_cluster, split_changes
+from launch.cluster import load_cluster, site_folder, split_changes
 from launch.cluster_config import Cluster
 from launch.findings import continuation, findings
 from launch.runs import open_run
 from launch.sbatch import last_word, python_command, sbatch_text, submitit_parameters, without_slurm_variables
-from launch.settings import JobSettings, settings_file
+from launch.settings import JobSettings, of_submission, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import retried
 from launch.task import Task
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     check_size(recipe, cluster)
     _warn_of_lead(run, cluster)
     if options.dry_run:
-        print(text(run, recipe, cluster), end="")
+        print(text(run, recipe, cluster, exclude=kept_off(cluster, options.cluster)), end="")
         return EXIT_DONE
     wishes = Wishes(
         retry=options.retry,
@@ -118,16 +119,22 @@ def retry(argv: Sequence[str]) -> int:
     """`wavefleet retry RUN`: another job for a run that ended, with its own recipe, profile and code."""
     options = _retry_parser().parse_args(argv)
     run = open_run(options.run)
+    settings = of_submission(run)
     if live := live_job(run):
         print(f"{run.path}: job {live[0].job_id} is {live[1].state} already")
         return EXIT_DONE
     check_may_start(run, retry=True, force=False)
-    settings = JobSettings.read(run)
     cluster = settings.cluster if options.nodes is None else replace(settings.cluster, nodes=options.nodes)
     check_size(run.recipe(), cluster)
     _warn_of_lead(run, cluster)
     retried(run)
-    submission = submit(run, replace(settings, cluster=cluster, code=_code(run, renew=options.update_code)))
+    settings = replace(
+        settings,
+        cluster=cluster,
+        code=_code(run, renew=options.update_code),
+        continuation=continuation(cluster, findings(cluster, settings.cluster_name)),  # doctor may have looked again
+    )
+    submission = submit(run, settings)
     print(f"{run.path}: submitted as job {submission.job_id}")
     return EXIT_DONE
 
@@ -135,6 +142,7 @@ def retry(argv: Sequence[str]) -> int:
 def split_overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What the command line changes of the recipe, and of the profile."""
     recipe, cluster = split_changes(options.overrides)
+    recipe += [] if options.name is None else [f"name={json.dumps(options.name)}"]  # quoted: 007 is no number
     return recipe, cluster + ([] if options.nodes is None else [f"nodes={options.nodes}"])
 
 
@@ -174,21 +182,22 @@ def submit(
             job = executor.submit(Task("launch.node_agent", str(run.path)))
         except submitit.core.utils.FailedJobError as error:
             raise SlurmError(f"Slurm refused the job: {error}") from None
-    submission = _note(run, str(job.job_id), settings)
-    try:
-        then.chain(run, settings, submission.job_id)
-    except SlurmError as error:  # the run's own job is there
-        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
-    return submission
+    return _note(run, str(job.job_id), settings)
 
 
 def avoided(settings: JobSettings, exclude: Sequence[str]) -> list[str]:
     """These nodes, and those that are excluded on this cluster now; said."""
     cluster, name = settings.cluster, settings.cluster_name
-    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes)
+    found = exclusions.to_avoid(settings.site, cluster.partition, cluster.nodes, cluster.constraint)
     if found:
         say(f"without {', '.join(found)}; `wavefleet nodes --cluster {shlex.quote(name)}` says why")
     return sorted({*exclude, *found})
+
+
+def kept_off(cluster: Cluster, cluster_name: str) -> list[str]:
+    """The nodes that a job would be submitted without now."""
+    site = site_folder(cluster, cluster_name)
+    return sorted(exclusions.to_show(site, cluster.partition, cluster.nodes, cluster.constraint))
 
 
 def submissions(run: RunDir) -> list[Submission]:
@@ -201,14 +210,29 @@ def _note(run: RunDir, job_id: str, settings: JobSettings) -> Submission:
     """Write a held job down, then let it go."""
     submission = Submission(job_id, settings.cluster_name, settings.cluster.nodes, time.time(), str(settings.code))
     write_json(run.path / "jobs" / f"{job_id}.json", asdict(submission))
-    slurm.release(job_id)
+    let_go(run, job_id, settings)
     return submission
 
 
+def let_go(run: RunDir, job_id: str, settings: JobSettings) -> None:
+    """Release a job that was written down, and before that submit what should follow the run."""
+    try:
+        then.chain(run, settings, job_id)
+    except SlurmError as error:  # the run's own job is there
+        say(f"what should follow the run was not submitted: {error}\nthe same command with --then tries it again")
+    finally:
+        slurm.release(job_id)
+
+
 def live_job(run: RunDir) -> tuple[Submission, JobState] | None:
-    """The job that trains this run or will; adopts one that its submitter did not live to write down."""
+    """The job that trains this run or will; one that its submitter did not live to write down or release is, here."""
     for submission in reversed(submissions(run)):
-        state = slurm.job_state(submission.job_id)
+        job_id = submission.job_id
+        state = slurm.job_state(job_id)
+        if state.is_live and state.reason == slurm.HELD:
+            say(f"job {job_id} was left held; it is released now")
+            let_go(run, job_id, JobSettings.read(run))
+            return submission, slurm.job_state(job_id)
         if state.is_live:
             return submission, state
     for job_id in orphans(run):
@@ -304,9 +328,9 @@ def _parameters(
     return parameters
 
 
-def text(run: RunDir, recipe: Recipe, cluster: Cluster) -> str:
-    """The batch script that would be submitted; nothing is touched."""
-    parameters = _parameters(run, recipe.name, cluster, code_of(run))
+def text(run: RunDir, recipe: Recipe, cluster: Cluster, *, exclude: Sequence[str] = ()) -> str:
+    """The batch script that would be submitted, without some nodes; nothing is touched."""
+    parameters = _parameters(run, recipe.name, cluster, code_of(run), exclude=exclude)
     folder = run.path / "slurm"
     command = f"{python_command(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return sbatch_text(parameters, folder, command)
@@ -329,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cluster", required=True, metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
+    parser.add_argument("--name", metavar="S", help="the name of run and corpus, in place of the recipe's")
     parser.add_argument("--mail", metavar="ADDRESS", help="Slurm writes there when the job ends or fails for good")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch text, and touch nothing")
     parser.add_argument("--retry", action="store_true", help="go on with a run whose last attempt failed")

@@ -64,9 +64,10 @@ def main(argv: Sequence[str]) -> int:
         raise RecipeError("--cluster: missing; or --list, to see the runs that there are")
     members, cluster = _checked(options, overrides, changes)
     if options.dry_run:
+        without = submit.kept_off(_needed(cluster), options.cluster)
         for member in members:
             print(f"# {member.path}")
-            print(submit.text(RunDir(member.path), member.recipe, _needed(cluster)))
+            print(submit.text(RunDir(member.path), member.recipe, _needed(cluster), exclude=without))
         return EXIT_DONE
     problems, fetched = {}, set[str]()
     if not options.list:

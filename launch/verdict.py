@@ -10,6 +10,7 @@ Kind = Literal[
 ]  # fmt: skip
 Action = Literal["done", "continue", "retry", "stop"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+RETRY: Final = "`wavefleet retry`"  # in advice; `Policy.retry_with` takes its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +107,14 @@ class Policy:
         network_waits_s: before each try after a network failure; as many tries as there are waits.
         exclusion_s: how long a node stays excluded.
         max_excluded_hosts: at one time; 0 where there is no other node, as on one machine.
+        retry_with: what a person goes on with, in words.
     """
 
     max_failed_attempts: int = 3
     network_waits_s: tuple[float, ...] = (30.0, 120.0, 600.0, 1800.0)
     exclusion_s: float = 24 * 3600.0
     max_excluded_hosts: int = 4
+    retry_with: str = RETRY
 
 
 @dataclass(frozen=True, kw_only=True)

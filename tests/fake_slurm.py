@@ -116,7 +116,7 @@ def _scancel(state, options, words):
 
 
 def _sinfo(state, options, words):
-    nodes = [{"%N": name, "%T": "idle", "%E": "none", "%P": "batch*"} for name in ("n1", "n2")]
+    nodes = [{"%N": name, "%T": "idle", "%E": "none", "%P": "batch*", "%f": "(null)"} for name in ("n1", "n2")]
     for node in nodes:
         print("|".join(node[word] for word in options["format"].split("|")))
 

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,37 @@ def test_no_more_nodes_may_be_excluded_than_leave_enough_for_the_job(partition, 
     assert found.max_excluded_hosts == expected
 
 
+SITE = "n1|idle|a100,ib\nn2|mixed|a100\nn3|down*|a100,ib\nn4|drained|a100,ib\nn5|allocated|v100,ib\nn6|idle|(null)\n"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "expected"),
+    [
+        (None, "n1 n2 n5 n6"),
+        ("a100", "n1 n2"),
+        ("a100&ib", "n1"),
+        ("a100,ib", "n1"),
+        ("a100&ib|v100", "n1 n5"),
+        ("h100", ""),
+        ("[a100|v100]", "n1 n2 n5"),  # any of them, though a job takes nodes of one kind
+        ("(v100|h100)&ib", "n1 n5"),  # as above
+        ("a100*2&ib*1", "n1 n2 n5"),
+    ],
+)
+def test_room_is_nodes_that_are_up_and_have_what_the_job_wants(monkeypatch, constraint, expected):
+    monkeypatch.setattr(slurm, "run", lambda *command: SITE)
+    assert slurm.usable_nodes("batch", constraint) == set(expected.split())
+
+
+def test_a_job_that_waits_for_nodes_that_are_down_is_not_refused_for_those_excluded(monkeypatch):
+    """It would wait all the same, and begins when they are back."""
+    monkeypatch.setattr(slurm, "run", lambda *command: SITE)
+    slurm.check_room("batch", 3, ["n1"])
+    slurm.check_room("batch", 5, ["n1"])
+    with pytest.raises(SlurmError, match="needs 2 of the 2 nodes of batch with a100 that are up, and n2 of them is"):
+        slurm.check_room("batch", 2, ["n2", "n3"], constraint="a100")
+
+
 # The verb
 
 
@@ -226,8 +258,25 @@ def test_slurm_is_not_told_of_nodes_that_it_does_not_know(slurm, inside, tmp_pat
 def test_a_job_for_which_too_few_nodes_are_left_is_refused(slurm, inside, tmp_path):
     exclusions.add(tmp_path, [bad("n1"), bad("n2")])
     assert exclusions.to_avoid(tmp_path, "urgent", 2) == ["n1", "n2"]
-    with pytest.raises(SlurmError, match="needs 3 of the 4 nodes of batch, and n1, n2 of them are excluded"):
+    with pytest.raises(SlurmError, match="needs 3 of the 4 nodes of batch that are up, and n1, n2 of them are"):
         exclusions.to_avoid(tmp_path, None, 3)
+
+
+def test_room_is_what_this_slurm_says_of_its_nodes(slurm, inside, tmp_path):
+    slurm.run("scontrol", "update", "NodeName=n[1-3]", "AvailableFeatures=a100,ib")
+    try:
+        slurm.run("scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
+        exclusions.add(tmp_path, [bad("n1")])
+        assert exclusions.to_avoid(tmp_path, None, 2) == ["n1"]
+        with pytest.raises(SlurmError, match="needs 2 of the 2 nodes of batch with a100&ib that are up, and n1 of"):
+            exclusions.to_avoid(tmp_path, None, 2, "a100&ib")
+        assert exclusions.to_avoid(tmp_path, None, 1, "a100&ib") == ["n1"]
+        assert exclusions.to_show(tmp_path, None, 2, "a100&ib") == ["n1"]
+        cluster = replace(load_cluster("test"), nodes=1)
+        text = job.batch_text(cluster, tmp_path, tmp_path / "job", "it")
+        assert "#SBATCH --exclude=n1\n" in text
+    finally:
+        slurm.reconfigure()  # as slurm.conf has it
 
 
 def test_jobs_that_are_no_trainings_are_kept_off_them_too(slurm, inside, profile, tmp_path):
@@ -289,5 +338,5 @@ def test_a_job_that_is_requeued_for_later_waits(slurm, tmp_path):
 def test_a_job_is_not_requeued_into_a_wait_without_end(slurm, tmp_path):
     job = slurm.submit("--requeue", "--nodes=2", *task(tmp_path, "slurm.requeue(job, exclude=['n1', 'n2', 'n3'])"))
     said = slurm.wait_for_output(job, "refused")
-    assert "needs 2 of the 4 nodes of batch, and n1, n2, n3 of them are excluded" in said
+    assert "needs 2 of the 4 nodes of batch that are up, and n1, n2, n3 of them are excluded" in said
     assert slurm.job(job)["JobState"] == "RUNNING"

@@ -753,7 +753,7 @@ def test_exit_codes_of_the_real_command(recipe_file, run, tmp_path):
     wild = ["optim.lr=1e30", "optim.max_grad_norm=null", "limits.max_skipped_steps=1", "max_steps=50"]
     cases = {
         EXIT_USAGE: ([f"run_dir={tmp_path / 'new'}", "--accelerate", config], ["mixed_precision: bf16", "fp32 here"]),
-        EXIT_FAILED: ([f"run_dir={tmp_path / 'wild'}", *wild], ["1 steps in a row were not finite"]),
+        EXIT_FAILED: ([f"run_dir={tmp_path / 'wild'}", *wild], ["A step was not finite: step "]),
         EXIT_NO_CHECKPOINT: ([f"run_dir={run.path}"], ["no checkpoint that can be used"]),
     }
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}

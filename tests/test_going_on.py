@@ -13,9 +13,10 @@ from asr_train.run_dir import RunDir
 from launch import cli, continuation, last_word, slurm, starts, status
 from launch.child import Signals
 from launch.cluster import load_cluster
-from launch.node_agent import _Watch
+from launch.findings import Findings, NodeFacts, SlurmFacts, keep
+from launch.node_agent import _stop_reason, _Watch
 from launch.sbatch import last_word as last_word_lines
-from launch.settings import JobSettings
+from launch.settings import ALLOCATION, JobSettings, settings_file
 from launch.slurm import JobState, SlurmError
 from launch.starts import Start
 from launch.submit import Submission
@@ -168,6 +169,42 @@ def test_cancel_does_not_wait_for_a_job_that_takes_its_time_to_end(site, monkeyp
     assert site.asked == ["7"]
 
 
+def test_a_run_that_was_not_submitted_is_not_tried_again_as_a_job(site, capsys):
+    """Nobody said which cluster; and there an allocation's settings are none."""
+    replace(site.settings, cluster_name=ALLOCATION).write(site.run)
+    assert cli.main(["retry", str(site.run.path)]) == 2
+    assert "in an allocation. The same `wavefleet train` goes on" in capsys.readouterr().err
+    settings_file(site.run).unlink()
+    assert cli.main(["retry", str(site.run.path)]) == 2
+    said = capsys.readouterr().err
+    assert "on this machine. The same `wavefleet train` goes on" in said
+    assert f"`wavefleet submit RECIPE run_dir={site.run.path} --cluster P`" in said
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "successor"), ("requeue", "requeue")])
+def test_a_retry_goes_on_as_doctor_found_meanwhile(site, monkeypatch, tmp_path, asked, expected):
+    shared = str(tmp_path / "shared")
+    cluster = replace(site.settings.cluster, nodes=1, continuation=asked, shared=shared)
+    replace(site.settings, cluster=cluster).write(site.run)
+    facts = SlurmFacts(
+        version="22.05", proctrack=None, kill_wait_s=None, preempt_type=None, sends_user_signal=False,
+        job_requeue=None, max_array_size=None, accounting_problem=None, partitions=(),
+    )  # fmt: skip
+    node = NodeFacts(
+        time=1.8e9, job_id="7", node="n1", addresses=(), address="n1", here=(), requeue_problem="scontrol: denied",
+        sbatch_problem=None, shared_problem=None, seen_after_s=0.0, python="3.11",
+    )  # fmt: skip
+    keep(cluster, "test", Findings(time=1.8e9, slurm=facts, refused=None, expected_start=None, node=node))
+    submitted = []
+    monkeypatch.setattr(
+        "launch.submit.submit",
+        lambda run, settings: submitted.append(settings) or Submission("8", "test", 2, 0.0, ""),
+    )
+    monkeypatch.setattr(slurm, "jobs_with_comment", lambda comment: [])
+    assert cli.main(["retry", str(site.run.path)]) == 0
+    assert [settings.continuation for settings in submitted] == [expected]
+
+
 @pytest.mark.parametrize(
     ("command", "code", "speaks"), [("true", 0, False), ("exit 3", 3, True), ("kill -TERM $$; exit 143", 143, False)]
 )
@@ -199,6 +236,15 @@ def test_ranks_that_do_not_end_after_the_warning_are_ended_in_time_for_going_on(
     assert "have not saved and ended in time" in capsys.readouterr().err
     signals.first = signal.SIGTERM  # of somebody who may wait
     assert not watch(None)
+
+
+@pytest.mark.parametrize(("down", "expected"), [([], "preempted"), (["n2"], "SIGTERM")])
+def test_a_job_that_slurm_put_back_was_preempted_unless_a_node_of_it_is_down(site, monkeypatch, down, expected):
+    site.job = JobState("COMPLETING", restarts=1)
+    monkeypatch.setattr(slurm, "unusable", lambda hosts: down)
+    signals, start = Signals(), SimpleNamespace(hosts=("n1", "n2"))
+    signals.first = signal.SIGTERM
+    assert _stop_reason(SimpleNamespace(signals=signals, job_id="7", restarts=0, start=start)) == expected
 
 
 @pytest.mark.parametrize(

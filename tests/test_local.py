@@ -160,7 +160,10 @@ def fake_training(machine, monkeypatch, tmp_path):
 def test_train_passes_recipe_and_flags_on_and_returns_the_ranks_code(fake_training, capsys):
     started = fake_training({0: BAD_DATA, 1: LOST_PEER}, exit_code=1)
     assert cli.main(["train", "demo", "units_per_step=2", "--processes", "2", "--debug"]) == 4
-    assert "CorpusError: shard 3 is gone" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "CorpusError: shard 3 is gone" in said
+    assert "Mend what the message names, then the same command." in said
+    assert "retry" not in said  # makes jobs
     ((command, env),) = started
     assert command[-5:] == ["-m", "asr_train", "demo", "units_per_step=2", "--debug"]
     assert command[command.index("--num_processes") + 1] == "2"

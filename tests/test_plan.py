@@ -13,10 +13,10 @@ from asr_train.data.plan import (
     LengthIndex,
     Plan,
     PlanSettings,
-    check_world_size,
     unit_seed,
     units_of_rank,
 )
+from asr_train.data.world_size import check_world_size
 from asr_train.errors import RecipeError
 
 S = 16_000

@@ -97,9 +97,23 @@ def test_a_dry_run_prints_the_golden_text(recipe, profile, folder, capsys):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(("verb", "more"), [(submit, ["--dry-run"]), (plan, [])])
+def test_a_name_may_be_given_to_the_run(verb, more, recipe, profile, tmp_path, capsys, monkeypatch):
+    """Also one that would be read as a number."""
+    monkeypatch.chdir(tmp_path)
+    assert verb.main([recipe[0], "--cluster", profile(), "--name", "007", *more]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --job-name=007\n" in said
+    assert f"{tmp_path}/runs/007-" in said
+    with pytest.raises(RecipeError, match="name"):
+        verb.main([recipe[0], "--cluster", profile(), "--name", "a/b", *more])
+
+
 def test_a_dry_run_is_what_slurm_gets(slurm, recipe, profile, folder):
     path = profile(sbatch={"begin": "now+1hour"})
+    wavefleet(slurm, "nodes", "--cluster", path, "--add", "n3", "--reason", "slow")
     dry = wavefleet(slurm, "submit", *recipe, "--cluster", path, "--dry-run")
+    assert "#SBATCH --exclude=n3\n" in dry
     job = re.search(r"job (\d+)", wavefleet(slurm, "submit", *recipe, "--cluster", path))[1]
     sent = slurm.run("scontrol", "write", "batch_script", job, "-")
     assert sent.strip() == dry.replace("'wavefleet:<run id>'", f"wavefleet:{RunDir(folder).run_id}").strip()
@@ -143,6 +157,10 @@ def test_a_plan_on_a_real_slurm_says_when_the_job_would_start(slurm, recipe, pro
     assert said.endswith(wavefleet(slurm, "submit", *recipe, "--cluster", path, "--dry-run"))
     assert sorted(tmp_path.rglob("*")) == before
     assert set(slurm.jobs()) == jobs
+    wavefleet(slurm, "nodes", "--cluster", path, "--add", "n1", "--reason", "slow")
+    without = wavefleet(slurm, "plan", *recipe, "--cluster", path)
+    assert "kept off       n1; `wavefleet nodes` says why\n" in without
+    assert re.search(r"^start .* on nodes n\[2-3\]", without, re.MULTILINE)
     refused = wavefleet(slurm, "plan", *recipe, "--cluster", path, "--nodes", 5)
     assert "start          unknown: sbatch --test-only: allocation failure: Requested node configuration" in refused
 

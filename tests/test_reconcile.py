@@ -9,7 +9,7 @@ from asr_train.files import write_json
 from asr_train.run_dir import RunDir
 from launch import cli, reconcile, slurm, starts, submit
 from launch.cluster import load_cluster
-from launch.settings import JobSettings
+from launch.settings import ALLOCATION, JobSettings
 from launch.slurm import JobState, SlurmError
 from launch.starts import Start
 from launch.verdict import Exclusion, Verdict
@@ -27,15 +27,15 @@ def site(monkeypatch, tmp_path, tiny_recipe):
             self.folder = tmp_path / "runs"
             self.jobs, self.unwritten, self.asked = {}, {}, []
 
-        def run(self, name, *, job="7", continuation="requeue", started=True, verdict=None):
+        def run(self, name, *, job="7", continuation="requeue", started=True, verdict=None, cluster="test"):
             run = RunDir(self.folder / name)
             run.make()
             run.claim(tiny_recipe(run_dir=str(run.path)))
             settings = JobSettings(
-                code=tmp_path, cluster_name="test", cluster=load_cluster("test"), continuation=continuation
+                code=tmp_path, cluster_name=cluster, cluster=load_cluster("test"), continuation=continuation
             )
             settings.write(run)
-            if job:
+            if job and cluster == "test":
                 entry = {"job_id": job, "cluster": "test", "num_nodes": 2, "submitted": 1.0, "code": "/code"}
                 write_json(run.path / "jobs" / f"{job}.json", entry)
             if started:
@@ -114,6 +114,13 @@ def test_a_job_cancelled_in_the_queue_is_not_brought_back_by_an_older_verdict(si
     write_json(run.path / "jobs" / "8.json", entry)
     site.jobs = {"7": ("COMPLETED", ""), "8": ("CANCELLED", "")}
     assert site.reconcile("--act")[0][0] == "nothing"
+    assert site.asked == []
+
+
+def test_a_run_of_somebodys_own_batch_job_is_not_submitted_beside_it(site):
+    """It may be in the queue, to go on after its time limit, and nobody wrote its number down."""
+    site.run("a", cluster=ALLOCATION, verdict=GOES_ON)
+    assert site.reconcile("--act") == [("nothing", "it was trained in an allocation, and goes on there")]
     assert site.asked == []
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from slurm_cluster import CommandError, SlurmCluster
 
-SAY = "say() { echo $(date +%s) $SLURMD_NODENAME $*; }"
 # One task: it tells of signals, and so does a child of it in a session of its own. TERM ends the task.
-TASK = f"""#!/bin/bash
-{SAY}
+# It speaks without a child: a signal to the whole tree would kill that, and with it half of the line.
+TASK = """#!/bin/bash
+say() { printf '%(%s)T %s %s\\n' -1 "$SLURMD_NODENAME" "$*"; }
 trap "say $1 USR2" USR2
 trap "say $1 TERM; exit 0" TERM
 if [ "$1" = agent ]; then
   setsid "$0" worker &
-  say begin ${{SLURM_RESTART_COUNT:-0}} gpus $CUDA_VISIBLE_DEVICES
+  say begin ${SLURM_RESTART_COUNT:-0} gpus $CUDA_VISIBLE_DEVICES
 fi
 while :; do sleep 0.1; done
 """
@@ -121,7 +121,7 @@ def test_a_node_that_goes_down_ends_its_job_which_comes_back_elsewhere(slurm_ses
 def test_the_time_limit_sends_its_signal_and_then_ends_the_job(slurm_session, limited):
     fields = slurm_session.wait_for(limited, "TIMEOUT")
     output = slurm_session.output(limited)
-    assert output.index("USR2") < output.index("agent TERM")
+    assert output.index("agent USR2") < output.index("agent TERM")
     assert "DUE TO TIME LIMIT" in output
     assert fields["Restarts"] == "0"  # Slurm requeues nobody for that
 

@@ -156,6 +156,30 @@ def test_asking_again_is_one_job_and_asking_later_is_possible(submit, fake, run,
     assert state(run) == ("waiting", "101")
 
 
+class KilledError(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("place", ["launch.submit._note", "launch.slurm.release"])
+@pytest.mark.parametrize("who", ["submit", "retry", "reconcile"])
+def test_a_job_whose_submitter_was_killed_is_let_go_and_followed(submit, fake, run, monkeypatch, place, who):
+    """Before it wrote the job down, or before it let it go."""
+
+    def die(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(place, die)
+        submit("--then", "export")
+    assert fake.jobs["100"]["held"]
+    again = {"retry": ["retry", str(run.path)], "reconcile": ["reconcile", str(run.path.parent), "--act"]}
+    assert (submit() if who == "submit" else cli.main(again[who])) in (None, 0)
+    assert sorted(fake.jobs) == ["100", "101"]
+    assert not any(entry["held"] for entry in fake.jobs.values())
+    assert fake.options("101")["dependency"] == "afterany:100"
+    assert state(run) == ("waiting", "101")
+
+
 def test_asking_for_something_else_replaces_what_waits(submit, fake, run):
     submit("--then", "export")
     submit("--then", "evaluate,export")

@@ -16,13 +16,11 @@ import numpy.typing as npt
 from asr_train.data.lengths import LengthIndex
 from asr_train.data.permute import make_key, make_keys, permute
 from asr_train.data.shapes import Shapes, equal_cost_shapes, fixed_count_shapes
-from asr_train.data.world_size import check_world_size
 from asr_train.errors import RecipeError
 from asr_train.files import hash_json
 from asr_train.geometry import SAMPLE_RATE
 
-__all__ = ["LengthIndex", "Plan", "PlanSettings", "PlanStatistics", "Unit", "check_world_size", "unit_seed",
-           "units_of_rank"]  # fmt: skip
+__all__ = ["LengthIndex", "Plan", "PlanSettings", "PlanStatistics", "Unit", "unit_seed", "units_of_rank"]
 
 Ints = npt.NDArray[np.int64]
 
