@@ -59,14 +59,12 @@ def may_fuse(accelerator: Accelerator) -> bool:
     """Whether the fused kernel is used: on a GPU, but not in fp16 and not under DeepSpeed.
 
     In fp16 it skips non-finite steps by itself, unseen by accelerate, which looks whether `step` was called. DeepSpeed
-    gives an optimizer flat partitions, and scales and clips in ways of its own. On a CPU the bits of the fused kernel
-    depend on where in a tensor an element lies, and so on the number of threads and of shards.
+    gives an optimizer flat partitions, and scales and clips in ways of its own. On a CPU its last bits depend on where
+    in a tensor an element lies, and so on how it is sharded; all it would save is half a second an update (measured:
+    0.2 s in place of 0.75 s for 95 million parameters, one core).
     """
-    is_fp16, is_deepspeed = (
-        accelerator.mixed_precision == "fp16",
-        accelerator.distributed_type == DistributedType.DEEPSPEED,
-    )
-    return accelerator.device.type == "cuda" and not is_fp16 and not is_deepspeed
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16" and not is_deepspeed
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:

@@ -275,7 +275,7 @@ def test_logits_of_the_whole_set_are_never_held(monkeypatch):
     class Watched(Oracle):
         def forward(self, waveforms, num_samples, is_padded):
             nonlocal alive, most
-            logits = super().forward(waveforms, num_samples)
+            logits = super().forward(waveforms, num_samples, is_padded)
             alive += 1
             most = max(most, alive)
 

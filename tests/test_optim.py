@@ -9,10 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
+from ranks import run_ranks
 from tiny import model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -295,3 +300,27 @@ def test_the_fused_kernel_is_adam_through_the_thaw_and_goes_on_from_either_ones_
             if first is then:
                 assert torch.equal(value, body.state_dict()[name])
             assert torch.allclose(value, body.state_dict()[name], rtol=0, atol=1e-14)
+
+
+def sharded_weights(fused):
+    """The weights of a body sharded by FSDP2 over the ranks, after a few updates with gradients known beforehand."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    body = Body()
+    fully_shard(body, mesh=mesh)
+    optimizer = build_optimizer(body, SETTINGS, fused=fused)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
+    for step in range(FREEZE + 2):
+        apply_schedule(optimizer, SETTINGS, step, max_steps=10, freeze_transformer_steps=FREEZE)
+        for name, parameter in body.named_parameters():
+            known = torch.from_numpy(gradient(step)) * (1 if "lm_head" in name or step >= FREEZE else 0)
+            parameter.grad = distribute_tensor(known, mesh, [Shard(0)])
+        optimizer.step()
+    return [parameter.full_tensor().detach().numpy() for parameter in body.parameters()]
+
+
+def test_the_fused_kernel_takes_the_shards_of_fsdp2():
+    fused, lists = run_ranks(2, sharded_weights, True), run_ranks(2, sharded_weights, False)
+    for rank in range(2):
+        for found, expected in zip(fused[rank], lists[rank], strict=True):
+            assert found == pytest.approx(expected, abs=1e-14)
