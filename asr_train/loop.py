@@ -184,6 +184,7 @@ def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utter
                 time_mask=batch.time_mask,
                 feature_mask=batch.feature_mask,
                 keep_layers=batch.keep_layers,
+                is_padded=batch.is_padded,
             )  # [B, F, V]
         losses, infinite = ctc_losses(
             logits, batch.num_frames, batch.labels, batch.num_labels, job.corpus.vocabulary.blank_id

@@ -227,7 +227,7 @@ def _best_labels(model: nn.Module, batch: Batch, accelerator: Accelerator) -> np
     model.eval()
     try:
         with torch.no_grad(), accelerator.autocast():
-            logits = model(input_values(batch), batch.num_samples)  # [B, F, V]
+            logits = model(input_values(batch), batch.num_samples, is_padded=batch.is_padded)  # [B, F, V]
         labels: npt.NDArray[np.int32] = logits.argmax(dim=-1).to(torch.int32).cpu().numpy()
         return labels
     finally:

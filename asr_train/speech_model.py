@@ -95,6 +95,8 @@ class SpeechModel(nn.Module):
         time_mask: torch.Tensor | None = None,
         feature_mask: torch.Tensor | None = None,
         keep_layers: torch.Tensor | None = None,
+        *,
+        is_padded: bool = True,
     ) -> torch.Tensor:
         """Logits [B, F, V] of waveforms float32 [B, S], zero behind `num_samples` int64 [B].
 
@@ -102,10 +104,12 @@ class SpeechModel(nn.Module):
 
         Args:
             waveforms: what `data.batch.input_values` gives.
-            num_samples: length of each waveform, on any device.
+            num_samples: length of each waveform; on another device than the waveforms it costs a copy.
             time_mask: bool [B, F], frames replaced by the model's learnt mask vector.
             feature_mask: bool [B, H], channels set to zero.
             keep_layers: bool [L], False where a transformer layer is skipped.
+            is_padded: False says that every waveform has as many frames as the longest; then there is nothing to mask,
+                and attention without a mask has faster kernels. The logits are those with the mask.
         """
         short = self._min_samples - waveforms.shape[1]
         if short > 0:
@@ -114,7 +118,8 @@ class SpeechModel(nn.Module):
                 time_mask = F.pad(time_mask, (0, self.geometry.num_frames(waveforms.shape[1]) - time_mask.shape[1]))
         self._time_mask, self._feature_mask, self._keep_layers = time_mask, feature_mask, keep_layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.transformer_frozen):
-            hidden = self._base(waveforms, attention_mask=self._frame_mask(waveforms, num_samples)).last_hidden_state
+            mask = self._frame_mask(waveforms, num_samples) if is_padded or short > 0 else None
+            hidden = self._base(waveforms, attention_mask=mask).last_hidden_state
         head: Any = self.hf
         logits: torch.Tensor = head.lm_head(head.dropout(hidden))  # [B, F, V]
         unused = self._unused_parameters()

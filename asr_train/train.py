@@ -30,7 +30,7 @@ from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
 from asr_train.loop import fit
 from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
-from asr_train.optim import build_optimizer
+from asr_train.optim import build_optimizer, may_fuse
 from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
@@ -141,7 +141,9 @@ def _attempt(
     is_frozen = recipe.model.freeze_feature_encoder
     quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
     plan = _make_plan(recipe, corpus, quadratic)
-    parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe)
+    parallel = strategy.prepare(
+        accelerator, model, build_optimizer(model, recipe.optim, fused=may_fuse(accelerator)), recipe
+    )
     create_state(parallel)
     facts = _facts(recipe, run, corpus, plan, parallel, attempt[0])
 

@@ -106,7 +106,7 @@ class Transcriber:
         values = torch.from_numpy(np.stack(pieces)).to(self._device)
         lengths = torch.full((len(pieces),), values.shape[1], dtype=torch.int64)
         with torch.no_grad():
-            logits = self._model(values, lengths)  # [B, F, V]
+            logits = self._model(values, lengths, is_padded=False)  # [B, F, V]
         yield from logits.argmax(dim=-1).to(torch.int32).cpu().numpy()
 
 

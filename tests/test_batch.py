@@ -96,13 +96,32 @@ def test_layers_are_dropped_as_often_as_asked():
     assert (kept.mean(0) - 0.7).abs().max() < 4 * deviation
 
 
-def test_a_batch_reaches_another_process_and_device_with_its_lengths_on_the_host():
+def test_a_batch_reaches_another_process_and_device_and_keeps_on_the_host_what_the_loss_wants_there():
     batch = batch_of([16000, 12000], SETTINGS, 5)
     copied = pickle.loads(pickle.dumps(batch))
     assert torch.equal(input_values(copied), input_values(batch))
     moved = batch.to("meta")
     assert moved.waveforms.device.type == "meta"
-    assert {tensor.device.type for tensor in (moved.num_samples, moved.num_frames, moved.num_labels)} == {"cpu"}
+    assert moved.num_samples.device.type == "meta"
+    assert {tensor.device.type for tensor in (moved.num_frames, moved.num_labels)} == {"cpu"}
+
+
+def test_a_unit_whose_utterances_all_reach_its_last_frame_is_not_padded():
+    frame, stride = 400, 320  # samples
+    full = [frame + 9 * stride, frame + 9 * stride + stride - 1]  # of the same frames
+    assert not batch_of(full, SETTINGS).is_padded
+    assert batch_of([*full, full[0] - 1], SETTINGS).is_padded
+    assert make_batch(Utterances(full), unit([0, 1], max(full) + 1), SETTINGS, None).is_padded
+
+
+def test_normalisation_is_exact_at_full_scale():
+    utterances = Utterances([2_000_000])
+    utterances.waves[0][:] = -32768
+    utterances.waves[0][::2] = 32767
+    batch = make_batch(utterances, unit([0], 2_000_000), SETTINGS, None)
+    wave = utterances.waves[0].astype(np.float64) / 32768
+    assert batch.shift.item() == np.float32(wave.mean())
+    assert batch.scale.item() == np.float32(1 / np.sqrt(wave.var() + 1e-7))
 
 
 # --- the masks against transformers' ---

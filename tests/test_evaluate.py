@@ -159,7 +159,7 @@ class Oracle(nn.Module):
         self.most_logits_alive = self.num_calls = 0
         self.shapes = []
 
-    def forward(self, waveforms, num_samples):
+    def forward(self, waveforms, num_samples, is_padded):
         assert not self.training
         assert not torch.is_grad_enabled()
         self.num_calls += 1
@@ -273,9 +273,9 @@ def test_logits_of_the_whole_set_are_never_held(monkeypatch):
     alive = most = 0
 
     class Watched(Oracle):
-        def forward(self, waveforms, num_samples):
+        def forward(self, waveforms, num_samples, is_padded):
             nonlocal alive, most
-            logits = super().forward(waveforms, num_samples)
+            logits = super().forward(waveforms, num_samples, is_padded)
             alive += 1
             most = max(most, alive)
 

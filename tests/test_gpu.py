@@ -11,6 +11,7 @@ import torch
 
 from asr_train import checkpoints, resources
 from asr_train.files import read_json, read_jsonl
+from asr_train.loss import ctc_losses
 from asr_train.run_dir import RunDir, read_metrics
 
 pytestmark = [
@@ -59,6 +60,24 @@ def test_a_run_goes_on_with_its_scaler_and_the_same_losses(tiny_corpus, tiny_rec
     assert generators["cuda"] is not None
     saved = [line for line in read_jsonl(run.metrics) if line.get("event") == "saved"]
     assert all(line["blocked_s"] <= line["seconds"] for line in saved)
+
+
+@pytest.mark.parametrize("blank", [0, 2])
+def test_cudnns_losses_and_gradients_are_those_of_torchs_kernel(blank):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 30, (size,), generator=generator) for size in (40, 1, 12, 0)] + [torch.full((60,), 5)]
+    num_frames = torch.tensor([300, 40, 12, 7, 100])  # the last text needs 119
+    num_labels = torch.tensor([len(text) for text in texts])
+    logits = torch.randn(5, 300, 30, generator=generator).cuda()
+    found = {}
+    for backend in ("torch", "cudnn"):
+        leaf = logits.clone().requires_grad_()
+        losses, infinite = ctc_losses(leaf, num_frames, torch.cat(texts).cuda(), num_labels, blank, backend=backend)
+        losses.sum().backward()
+        found[backend] = losses.detach(), infinite, leaf.grad
+    for of_torch, of_cudnn in zip(*found.values(), strict=True):
+        assert torch.allclose(of_torch.float(), of_cudnn.float(), rtol=1e-4, atol=1e-5)
+    assert found["cudnn"][1].tolist() == [False] * 4 + [True]
 
 
 def test_gpu_and_cpu_make_the_same_run(tiny_corpus, tiny_recipe_file, tmp_path):

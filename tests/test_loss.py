@@ -9,7 +9,7 @@ from tiny import VOCABULARY, batch_of, model, no_dropout
 from transformers import Wav2Vec2ForCTC
 
 from asr_train.data.batch import input_values
-from asr_train.loss import ctc_losses
+from asr_train.loss import cannot_align, ctc_losses
 
 torch.set_num_threads(1)
 
@@ -120,3 +120,21 @@ def test_nan_is_not_hidden():
     assert torch.isnan(losses[0])
     assert not infinite.any()
     assert torch.isfinite(losses[1])
+
+
+def test_what_cannot_be_aligned_is_known_from_lengths_and_repeats_alone():
+    """What cuDNN's kernel does not say; by what torch's finds infinite."""
+    generator = np.random.default_rng(3)
+    texts = [generator.integers(1, 3, generator.integers(0, 6)).tolist() for _ in range(200)]
+    num_frames = lengths(*generator.integers(1, 8, len(texts)).tolist())
+    labels, num_labels = torch.tensor([label for text in texts for label in text]), lengths(*map(len, texts))
+    _, infinite = ctc_losses(torch.zeros(len(texts), 8, 3), num_frames, labels, num_labels, 0)
+    assert 20 < infinite.sum() < 180
+    assert torch.equal(cannot_align(num_frames, labels, num_labels, len(labels)), infinite)
+
+
+def test_where_cudnn_cannot_be_used_torchs_kernel_is():
+    logits = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(4))
+    arguments = logits, lengths(9, 7), torch.tensor([1, 2, 3]), lengths(2, 1), 0
+    for expected, found in zip(ctc_losses(*arguments), ctc_losses(*arguments, backend="cudnn"), strict=True):
+        assert torch.equal(found, expected)

@@ -130,6 +130,58 @@ def test_the_recipe_goes_before_the_model_in_masks_and_layerdrop():
     assert off.masks.time_prob == 0
 
 
+# --- units without padding ---
+
+
+FAMILIES = ["wav2vec2", "hubert", "wavlm", "unispeech-sat", "sew", "data2vec-audio", "wav2vec2-conformer"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_padding_the_mask_is_left_out_and_changes_nothing(architecture, attention):
+    speech = model(architecture, no_dropout(), model={"attention": attention}).eval()
+    batch = batch_of([16000, 15990, 16000], speech.batch_settings)
+    assert not batch.is_padded
+    waveforms = input_values(batch)
+    masked = speech(waveforms, batch.num_samples)
+    free = speech(waveforms, batch.num_samples, is_padded=batch.is_padded)
+    assert (free - masked).abs().max() <= 1e-6 * masked.abs().max()
+
+
+def test_without_padding_gradients_are_those_with_the_mask():
+    speech = model(config=no_dropout(do_stable_layer_norm=True)).double()
+    batch = batch_of([16000, 15990, 16000], speech.batch_settings, 3)
+    run(speech, batch, dtype=torch.float64)
+    masked = gradients(speech)
+    speech.zero_grad()
+    logits = speech(
+        input_values(batch).double(), batch.num_samples, batch.time_mask, batch.feature_mask, is_padded=False
+    )
+    losses, _ = ctc_losses(logits, batch.num_frames, batch.labels, batch.num_labels, VOCABULARY.blank_id)
+    losses.mean().backward()
+    assert ((gradients(speech) - masked).norm() / masked.norm()).item() < 1e-12
+
+
+def test_padded_frames_do_change_an_utterance_without_the_mask():
+    """Why the mask is left out only where no frame at all is padded, and not where few are."""
+    speech = model(config=no_dropout(do_stable_layer_norm=True)).eval()
+    batch = batch_of([32000, 31600], speech.batch_settings)  # 1 % of the frames of the second
+    waveforms = input_values(batch)
+    valid = int(batch.num_frames[1])
+    masked, free = (speech(waveforms, batch.num_samples, is_padded=is_padded)[1, :valid] for is_padded in (True, False))
+    alone = speech(waveforms[1:, :31600], batch.num_samples[1:])[0, :valid]
+    rounding = (masked - alone).abs().max()
+    assert (free - alone).abs().max() > 20 * rounding
+
+
+def test_an_input_that_is_lengthened_for_the_layers_is_masked_all_the_same():
+    speech = model(config=no_dropout()).eval()
+    batch = batch_of([300], speech.batch_settings)
+    waveforms = input_values(batch)
+    found = speech(waveforms, batch.num_samples, is_padded=False)
+    assert torch.equal(found, speech(waveforms, batch.num_samples))
+
+
 # --- frozen parts ---
 
 

@@ -9,9 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from ranks import run_ranks
 from tiny import model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -24,6 +30,7 @@ from asr_train.optim import (
     build_optimizer,
     create_optimizer_state,
     learning_rate,
+    may_fuse,
     parameter_groups,
 )
 
@@ -242,3 +249,78 @@ def test_a_changed_recipe_goes_before_what_a_checkpoint_holds():
     assert lr == 0.5
     for group in optimizer.param_groups:
         assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.5, 0.0, (0.5, 0.6), 1e-3)
+
+
+# --- the fused kernel ---
+
+
+class FakeAccelerator:
+    def __init__(self, device, mixed_precision, distributed_type):
+        self.device, self.mixed_precision = torch.device(device), mixed_precision
+        self.distributed_type = distributed_type
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "kind", "expected"),
+    [
+        ("cuda", "bf16", DistributedType.NO, True),
+        ("cuda", "no", DistributedType.MULTI_GPU, True),
+        ("cuda", "bf16", DistributedType.FSDP, True),
+        ("cuda", "fp16", DistributedType.NO, False),
+        ("cuda", "bf16", DistributedType.DEEPSPEED, False),
+        ("cpu", "no", DistributedType.NO, False),
+    ],
+)
+def test_the_fused_kernel_is_for_gpus_where_nothing_else_decides_about_a_step(device, precision, kind, expected):
+    assert may_fuse(FakeAccelerator(device, precision, kind)) is expected
+
+
+def fused_of(body):
+    optimizer = build_optimizer(body, SETTINGS, fused=True)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
+    return optimizer
+
+
+def test_the_fused_kernel_is_adam_through_the_thaw_and_goes_on_from_either_ones_state():
+    whole = Body()
+    start = whole.encoder.weight.detach().numpy().copy(), whole.lm_head.weight.detach().numpy().copy()
+    train(whole, fused_of(whole), range(8))
+    assert whole.encoder.weight.detach().numpy() == pytest.approx(adam_by_hand(start[0], range(FREEZE, 8)), abs=1e-14)
+    assert whole.lm_head.weight.detach().numpy() == pytest.approx(adam_by_hand(start[1], range(8)), abs=1e-14)
+    for first, then in ((fused_of, fused_of), (optimizer_of, fused_of), (fused_of, optimizer_of)):
+        body = Body()
+        before = first(body)
+        train(body, before, range(5))
+        after = then(body)
+        for parameter in parameters_of(after):
+            for name, value in before.state[parameter].items():
+                after.state[parameter][name].copy_(value)
+        train(body, after, range(5, 8))
+        for name, value in whole.state_dict().items():
+            if first is then:
+                assert torch.equal(value, body.state_dict()[name])
+            assert torch.allclose(value, body.state_dict()[name], rtol=0, atol=1e-14)
+
+
+def sharded_weights(fused):
+    """The weights of a body sharded by FSDP2 over the ranks, after a few updates with gradients known beforehand."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    body = Body()
+    fully_shard(body, mesh=mesh)
+    optimizer = build_optimizer(body, SETTINGS, fused=fused)
+    create_optimizer_state(optimizer, parameters_of(optimizer))
+    for step in range(FREEZE + 2):
+        apply_schedule(optimizer, SETTINGS, step, max_steps=10, freeze_transformer_steps=FREEZE)
+        for name, parameter in body.named_parameters():
+            known = torch.from_numpy(gradient(step)) * (1 if "lm_head" in name or step >= FREEZE else 0)
+            parameter.grad = distribute_tensor(known, mesh, [Shard(0)])
+        optimizer.step()
+    return [parameter.full_tensor().detach().numpy() for parameter in body.parameters()]
+
+
+def test_the_fused_kernel_takes_the_shards_of_fsdp2():
+    fused, lists = run_ranks(2, sharded_weights, True), run_ranks(2, sharded_weights, False)
+    for rank in range(2):
+        for found, expected in zip(fused[rank], lists[rank], strict=True):
+            assert found == pytest.approx(expected, abs=1e-14)
