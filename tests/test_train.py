@@ -21,6 +21,7 @@ from asr_train import checkpoints, loop
 from asr_train.errors import CheckpointError, RecipeError, RunError, TrainingError
 from asr_train.files import read_json, read_jsonl
 from asr_train.ledger import PARTS
+from asr_train.prepare import prepare
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir, read_metrics
 from asr_train.train import train
@@ -79,6 +80,14 @@ def losses(run):
     return {line["step"]: line["loss"] for line in read_metrics(run) if "set" not in line}
 
 
+def audio(run):
+    """What each step was made of, and the whole run."""
+    names = ("num_utterances", "audio_s", "padded_audio_s")
+    lines = {line["step"]: [line[name] for name in names] for line in read_metrics(run) if "set" not in line}
+    done = read_json(run.done)
+    return lines, [done[name] for name in names[:2]]
+
+
 def trained(run):
     """step -> ids, sorted, of the last attempt that ran it, over all ranks."""
     lines = [line for path in sorted((run.path / "trained_ids").glob("*.jsonl")) for line in read_jsonl(path)]
@@ -127,12 +136,24 @@ def test_1_2_and_3_processes_make_the_same_run(recipe):
     assert set(seen.values()) == {whole_epochs}
     assert seen.keys() == everyone.keys()
 
+    assert audio(one) == audio(two) == audio(three)  # exactly
+    rows = prepare(recipe("on1", units_per_step=5)).train
+    seconds = {rows.id(row): rows.num_samples[row] / 16_000 for row in range(len(rows))}
+    lines, whole = audio(one)
+    for step, ids in trained(one).items():
+        num_utterances, audio_s, padded_audio_s = lines[step]
+        assert num_utterances == len(ids)
+        assert audio_s == pytest.approx(sum(seconds[name] for name in ids))
+        assert audio_s < padded_audio_s < 1.5 * audio_s
+    assert whole == [sum(everyone.values()), pytest.approx(sum(line[1] for line in lines.values()))]
+
 
 def test_a_step_with_fewer_units_than_ranks(recipe):
     one = run_on(1, recipe("on1", units_per_step=2, max_steps=20))
     three = run_on(3, recipe("on3", units_per_step=2, max_steps=20, allow_idle_ranks=True))
     assert_close(losses(three), losses(one))
     assert trained(three) == trained(one)
+    assert audio(three) == audio(one)
 
 
 def test_more_processes_than_units_are_refused_with_the_sums(recipe):

@@ -1,0 +1,315 @@
+"""`python benchmarks/throughput.py`: training end to end on CPU, beside transformers' Trainer and an accelerate loop.
+
+Every variant trains the same model on the same utterances, in short slices by turns, at 1 and at 2 processes.
+benchmarks/README.md says what is counted.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import throughput_data as data
+import torch
+from measuring import count, hardware, markdown, shown, shown_bars, spread, versions
+from throughput_arena import Contestant, Turn, by_turns, contest
+from throughput_data import Speech
+from throughput_variants import VARIANTS, Task, Tuning
+
+from asr_train.data.telephone import SOUNDS
+from asr_train.errors import EXIT_DONE, WavefleetError, run_main
+from asr_train.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "throughput.json"
+PEERS = {"guide": 1.5, "tuned": 1.3, "bare": 0.95}  # expected of ours, as multiples of theirs
+MAX_DATA_WAIT = 0.01
+MAX_FIRST_STEP = {"guide": 0.5, "tuned": 1.0}
+STARTING = ("guide", "tuned", "accelerate", "ours")  # on the many short utterances
+BATCHES, WORKERS = (2, 4, 8, 16), (0, 1, 2)  # what the expert tries
+IMPORTS = {
+    "ours": "import asr_train.train; from transformers import Wav2Vec2ForCTC",
+    "theirs": "import datasets; from transformers import Trainer, TrainingArguments, Wav2Vec2ForCTC, Wav2Vec2Processor",
+}
+_LIBRARIES = ("wavefleet", "torch", "transformers", "accelerate", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run."""
+
+    rounds: int
+    starts: int  # timed
+    batch: int  # utterances, twice a step, in the guide
+    base_batch: int  # of the base model
+    prompts: int  # utterances, at most
+    librispeech: int
+    short: tuple[int, int]  # utterances, and how often they are there
+
+
+FULL = Size(
+    rounds=3, starts=3, batch=8, base_batch=2, prompts=256, librispeech=32, short=(500, 100)
+)  # fmt: skip
+SMOKE = Size(rounds=1, starts=1, batch=2, base_batch=0, prompts=48, librispeech=0, short=(40, 2))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/throughput.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=count, default=FULL.rounds, help="slices each (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="one process, one step a slice: does it run?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    size = SMOKE if arguments.smoke else replace(FULL, rounds=arguments.rounds)
+    torch.set_num_threads(1)
+    machine = hardware()
+    with tempfile.TemporaryDirectory(prefix="wavefleet-bench-") as name:
+        result: dict[str, Any] = {
+            "benchmark": "throughput",
+            "rounds": size.rounds,
+            "starts": size.starts,
+            "hardware": machine,
+            "versions": versions(*_LIBRARIES),
+            **measure(Path(name), size),
+        }
+    result["bars"] = bars(result)
+    write_json(arguments.out, result)
+    print(render(result))
+    print(f"written: {arguments.out}")
+    return EXIT_DONE
+
+
+def measure(folder: Path, size: Size) -> dict[str, Any]:
+    """All that is measured, in the order of the tables."""
+    is_smoke = size is SMOKE
+    prompts, short, librispeech = apart(partial(_prepared, folder, size))
+    task = Task(prompts, "tiny", size.batch, 2, 1, Tuning(2 * size.batch, 1), folder)
+    starts = first_steps(replace(task, speech=short), size)
+    tunings: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for ranks in (1,) if is_smoke else (1, 2):
+        here = replace(task, world_size=ranks)
+        if not is_smoke:
+            tried = search(here, size)
+            here = replace(here, tuning=Tuning(**max(tried, key=lambda one: one["audio_s_per_s"])["tuning"]))
+            tunings += tried
+        rows += compare(here, size)
+        if librispeech is not None:
+            rows += compare(replace(here, speech=librispeech), size)
+        if ranks == 1 and not is_smoke:
+            tuning = replace(here.tuning, batch=2 * size.base_batch)
+            rows += compare(replace(here, size="base", batch=size.base_batch, tuning=tuning), size)
+    return {"tunings": tunings, "rows": rows, "starting": starts, "imports": imports(0 if is_smoke else size.starts)}
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """Call a function in a process of its own, so that this one, which is copied, stays as it is."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(function).result()
+
+
+def _prepared(folder: Path, size: Size) -> tuple[Speech, Speech, Speech | None]:
+    """The sets of utterances, and the models; the third only where it is wanted."""
+    is_recorded = SOUNDS.is_dir()
+    name, clips = ("telephone prompts", data.prompt_clips()) if is_recorded else ("demo speech", data.demo_clips())
+    sizes = ("base", "tiny") if size.base_batch else ("tiny",)
+    prompts = data.make_speech(folder, name, clips, most=size.prompts, sizes=sizes)
+    most, copies = size.short
+    short = data.make_speech(folder, "1 to 2 s", data.short_clips(most), most=most, copies=copies)
+    if not size.librispeech:
+        return prompts, short, None
+    clips = data.librispeech_clips(size.librispeech)
+    return prompts, short, data.make_speech(folder, "LibriSpeech-like", clips, most=size.librispeech)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def search(task: Task, size: Size) -> list[dict[str, Any]]:
+    """What the expert tries: batch sizes, then numbers of workers with the best of them; utterances a step stay."""
+    tried: list[dict[str, Any]] = []
+    choices = [Tuning(batch, 1) for batch in BATCHES]
+    for _ in range(2):
+        with contest({one: ("tuned", replace(task, tuning=one)) for one in choices}) as found:
+            turns = by_turns(found, 1, task.steps)
+        for one, slices in turns.items():
+            rate = median(turn.audio_s_per_s for turn in slices)
+            tried.append({"ranks": task.world_size, "tuning": asdict(one), "audio_s_per_s": rate})
+            print(f"tuning at {task.world_size}: {one} {rate:.1f}", file=sys.stderr, flush=True)
+        best = max(tried, key=lambda one: one["audio_s_per_s"])["tuning"]
+        choices = [Tuning(best["batch"], workers) for workers in WORKERS if workers != best["workers"]]
+    return tried
+
+
+def compare(task: Task, size: Size) -> list[dict[str, Any]]:
+    """A row for each variant, all on the same task."""
+    with contest({variant: (variant, task) for variant in VARIANTS}) as found:
+        turns = by_turns(found, size.rounds, 1 if size is SMOKE else task.steps)
+        firsts = {variant: contestant.first for variant, contestant in found.items()}
+    rows = []
+    for variant, slices in turns.items():
+        pairs = zip(turns["ours"], slices, strict=True)
+        row = {
+            "set": task.speech.name, "model": task.size, "ranks": task.world_size, "variant": variant,
+            "batch": _batch(variant, task), "utterances": task.speech.utterances, "audio_s": task.speech.audio_s,
+            "steps": sum(turn.steps for turn in slices),
+            "audio_s_per_s": spread([turn.audio_s_per_s for turn in slices]),
+            "ours_to_this": spread([ours.audio_s_per_s / theirs.audio_s_per_s for ours, theirs in pairs]),
+            "padding": 1 - sum(turn.audio_s for turn in slices) / sum(turn.padded_audio_s for turn in slices),
+            "data_wait": sum(turn.data_wait * turn.seconds for turn in slices) / sum(turn.seconds for turn in slices),
+            "peak_bytes": max(turn.rank_bytes for turn in [firsts[variant], *slices]),
+            "first_step_s": firsts[variant].seconds,
+        }  # fmt: skip
+        rows.append(row)
+        print(f"{row['set']}, {task.size}, {task.world_size}: {variant} {row['audio_s_per_s']['median']:.1f} audio-s/s",
+              file=sys.stderr, flush=True)  # fmt: skip
+    return rows
+
+
+def _batch(variant: str, task: Task) -> str:
+    """Utterances a batch times batches a step, of one rank; ours by its units."""
+    if variant in ("ours", "bare"):
+        values = task.recipe_values
+        return f"{values['unit_audio_s']:.0f} s x {values['units_per_step'] // task.world_size}"
+    step = task.batch * task.accumulation
+    batch = task.tuning.batch if variant == "tuned" else task.batch
+    return f"{batch} x {step // batch}"
+
+
+def first_steps(task: Task, size: Size) -> list[dict[str, Any]]:
+    """Seconds from the fork of a process that has imported everything to the end of its first step."""
+    runs: dict[str, list[Turn]] = {variant: [] for variant in STARTING}
+    for number in range(size.starts):
+        for variant in STARTING if number % 2 == 0 else reversed(STARTING):
+            if variant == "guide" and number:
+                continue  # it takes minutes, all others seconds
+            contestant = Contestant(variant, task)
+            contestant.close()
+            runs[variant].append(contestant.first)
+            print(f"first step: {variant} {contestant.first.seconds:.1f} s", file=sys.stderr, flush=True)
+    return [
+        {
+            "variant": variant, "utterances": task.speech.utterances, "audio_s": task.speech.audio_s,
+            "seconds": spread([turn.seconds for turn in turns]), "peak_bytes": max(turn.rank_bytes for turn in turns),
+        }
+        for variant, turns in runs.items()
+    ]  # fmt: skip
+
+
+def imports(rounds: int) -> list[dict[str, Any]]:
+    """Seconds to import what each side needs, in a fresh process, forth and back."""
+    runs: dict[str, list[float]] = {side: [] for side in IMPORTS}
+    for number in range(rounds):
+        for side in IMPORTS if number % 2 == 0 else reversed(IMPORTS):
+            program = f"import time; start = time.monotonic(); {IMPORTS[side]}; print(time.monotonic() - start)"
+            done = subprocess.run(
+                [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise WavefleetError(f"{IMPORTS[side]} failed: {done.stderr}")
+            runs[side].append(float(done.stdout.split()[-1]))
+    return [{"side": side, "seconds": spread(seconds)} for side, seconds in runs.items() if seconds]
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------
+
+
+def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was expected, and whether it was found; judged to two decimals, as it is shown."""
+    entries: list[dict[str, Any]] = []
+    for row in result["rows"]:
+        where = f"{row['set']}, {row['model']}, {row['ranks']} {'process' if row['ranks'] == 1 else 'processes'}"
+        if row["variant"] in PEERS:
+            found, at_least = round(row["ours_to_this"]["median"], 2), PEERS[row["variant"]]
+            bar = f"{where}: ours beside {VARIANTS[row['variant']].name}"
+            entries.append({"bar": bar, "at_least": at_least, "found": found, "met": found >= at_least})
+        if row["variant"] == "ours":
+            found, at_most = round(100 * row["data_wait"], 2), 100 * MAX_DATA_WAIT
+            bar = f"{where}: ours, waiting for data, %"
+            entries.append({"bar": bar, "at_most": at_most, "found": found, "met": found <= at_most})
+    seconds = {row["variant"]: row["seconds"]["median"] for row in result["starting"]}
+    for variant, at_most in MAX_FIRST_STEP.items():
+        found = round(seconds["ours"] / seconds[variant], 2)
+        bar = f"time to the first step beside {VARIANTS[variant].name}"
+        entries.append({"bar": bar, "at_most": at_most, "found": found, "met": found <= at_most})
+    return entries
+
+
+def render(result: dict[str, Any]) -> str:
+    """The tables, and the bars, as Markdown."""
+    lines: list[str] = []
+    for name, model in dict.fromkeys((row["set"], row["model"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["set"], row["model"]) == (name, model)]
+        about = f"{rows[0]['utterances']:,} utterances, {rows[0]['audio_s']:,.0f} s"
+        lines += [f"{name} ({about}), {model} model:", "", *_table(rows), ""]
+    lines += [*_starting_table(result), ""]
+    machine = result["hardware"]
+    lines += [
+        f"{machine['cpu']}, {machine['cores']} cores, one thread a process, load average "
+        f"{machine['load_average_before'][0]:g}; medians and quartiles of {result['rounds']} slices. "
+        f"The expert tried: {'; '.join(_tried(result['tunings'])) or 'nothing'}.",
+        "",
+        *shown_bars(result["bars"]),
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = [
+        [
+            VARIANTS[row["variant"]].name,
+            str(row["ranks"]),
+            row["batch"],
+            shown(row["audio_s_per_s"], ".1f"),
+            "1" if row["variant"] == "ours" else shown(row["ours_to_this"], ".2f"),
+            f"{100 * row['padding']:.1f}",
+            f"{100 * row['data_wait']:.2f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+            f"{row['first_step_s']:.1f}",
+            str(row["steps"]),
+        ]
+        for row in rows
+    ]
+    columns = (
+        "trained by", "processes", "batch x accumulated", "useful audio-s/s", "ours beside it", "padding, %",
+        "waiting for data, %", "MB a process", "s to first step", "steps",
+    )  # fmt: skip
+    return markdown(columns, cells)
+
+
+def _starting_table(result: dict[str, Any]) -> list[str]:
+    imported = {entry["side"]: shown(entry["seconds"], ".1f") for entry in result["imports"]}
+    rows = [
+        [
+            VARIANTS[row["variant"]].name,
+            shown(row["seconds"], ".1f"),
+            imported.get("ours" if row["variant"] == "ours" else "theirs", ""),
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+        ]
+        for row in result["starting"]
+    ]
+    first = result["starting"][0]
+    about = f"{first['utterances']:,} utterances of 1 to 2 s, one process"
+    return [f"To the first step, {about}:", "", *markdown(("", "s", "s, imports before", "MB"), rows)]
+
+
+def _tried(tunings: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for ranks in dict.fromkeys(one["ranks"] for one in tunings):
+        found = [
+            f"{one['tuning']['batch']}/{one['tuning']['workers']}: {one['audio_s_per_s']:.1f}"
+            for one in tunings
+            if one["ranks"] == ranks
+        ]
+        yield f"at {ranks}, batch/workers: audio-s/s, {', '.join(found)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
