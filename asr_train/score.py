@@ -13,7 +13,6 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import evaluate
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -330,7 +329,9 @@ def check_metrics(names: Sequence[str], *, trust_remote_code: bool) -> None:
             raise RecipeError(f"eval.metrics: {name!r}: {type(error).__name__}: {error}") from error
 
 
-def _load_metric(name: str) -> evaluate.EvaluationModule:
+def _load_metric(name: str) -> Any:
+    import evaluate  # noqa: PLC0415 - seconds, with datasets, pandas and scipy, that most runs have no use for
+
     shipped = METRIC_MODULES / name
     return evaluate.load(str(shipped) if shipped.is_dir() else name)
 
