@@ -161,6 +161,7 @@ class ModelSettings(_Strict):
     layerdrop: Share | None = setting("chance that a transformer layer is skipped; null is the model's own", None)
     attention: Literal["eager", "sdpa", "flash_attention_2"] = setting("attention implementation", "sdpa")
     gradient_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
+    compile: bool = setting("train with transformer layers compiled by torch, once for all shapes of units", False)
     freeze_feature_encoder: bool = setting("never train the convolutional feature encoder", False)
     freeze_transformer_steps: CountOrZero = setting("train only the head for this many first steps", 0)
 
@@ -281,6 +282,7 @@ class Recipe(_Strict):
     precision: Literal["fp32", "bf16", "fp16"] = setting("arithmetic of forward and backward", "fp32")
     tf32: bool = setting("let fp32 matrix products round to tf32 on NVIDIA GPUs", False)
     deterministic: bool = setting("use deterministic kernels only, slower", False)
+    bf16_gradients: bool = setting("sum gradients over processes in bf16: half the bytes sent, coarser sums", False)
     unit_audio_s: Positive = setting(
         "seconds of audio, padded, a unit, on average; a unit is what one process takes at once", 100.0
     )

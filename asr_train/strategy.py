@@ -18,10 +18,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from asr_train.compiling import compile_layers
 from asr_train.config import Recipe
 from asr_train.errors import RecipeError, TrainingError
 from asr_train.geometry import SAMPLE_RATE
@@ -194,17 +195,25 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
 
 
 def prepare(accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Parallel:
-    """Wrap model and optimizer for the strategy, with gradients summed over ranks."""
+    """Wrap model and optimizer for the strategy, with gradients summed over ranks.
+
+    Raises:
+        RecipeError: what the strategy would do wrongly.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _prepare_deepspeed(accelerator, model, optimizer, recipe)
     if accelerator.distributed_type == DistributedType.FSDP:
         # by itself accelerate would sum gradients in bf16 and cast the waveform: another numerics than DDP's autocast
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        # (the policy's other types are left out: they would be those of the weights)
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16) if recipe.bf16_gradients else None
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [type(model._layers()[0]).__name__]
+    if recipe.model.compile:
+        compile_layers(model)
     wrapped, stepper = accelerator.prepare(model, optimizer)
     peer_wait = PeerWait(accelerator.device)
     if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(peer_wait, _sum_hook)
+        wrapped.register_comm_hook(peer_wait, _bf16_sum_hook if recipe.bf16_gradients else _sum_hook)
         _settle_buckets(wrapped)
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
@@ -231,6 +240,9 @@ def _prepare_deepspeed(
     stage = accelerator.state.deepspeed_plugin.zero_stage
     if recipe.precision == "fp16":  # 0.19.8 clips gradients before it takes the loss scale out, and never lowers it
         raise RecipeError("precision: 'fp16': DeepSpeed clips scaled gradients; use bf16, or the config ddp or fsdp2")
+    for field, is_set in (("model.compile", recipe.model.compile), ("bf16_gradients", recipe.bf16_gradients)):
+        if is_set:
+            raise RecipeError(f"{field}: not with DeepSpeed; use the config ddp or fsdp2")
     if stage == 3 and recipe.model.freeze_transformer_steps:
         raise RecipeError("model.freeze_transformer_steps: not with ZeRO-3; use the config zero2, ddp or fsdp2")
     if stage not in (1, 2, 3):
@@ -283,6 +295,15 @@ def _sum_hook(state: PeerWait, bucket: dist.GradBucket) -> torch.futures.Future[
     state.gradients_are_there()
     future: torch.futures.Future[list[torch.Tensor]] = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
+
+
+def _bf16_sum_hook(state: PeerWait, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """The same, with half the bytes on the way: each rank's share, and the sum, rounded to bf16."""
+    state.gradients_are_there()
+    buffer = bucket.buffer()
+    rounded = buffer.to(torch.bfloat16)
+    future: torch.futures.Future[list[torch.Tensor]] = dist.all_reduce(rounded, async_op=True).get_future()
+    return future.then(lambda done: buffer.copy_(done.value()[0]))
 
 
 def _settle_buckets(model: DistributedDataParallel) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     data.sources
     data.shards data.shard_pool data.summary data.finish data.corpus data.stage
     data.spec_augment data.batch data.loader""",
-    "model_config speech_model model strategy live_state checkpoint restore score",
+    "model_config speech_model model compiling strategy live_state checkpoint restore score",
     """job training_log loop prepare prepare_share fetch samples train trained selfcheck eval_data evaluate model_card
     export transcribe __main__""",
 )

@@ -115,10 +115,14 @@ def train_fsdp_on_cpu(recipe):  # noqa: F811
         (partial(train_deepspeed, 0), {}, RecipeError, "asks for ZeRO stage 0: use 1, 2 or 3, or the config ddp"),
         (train_fp16_as_if_there_were_a_gpu, {"precision": "fp16"}, RecipeError,
          "precision: 'fp16': DeepSpeed clips scaled gradients; use bf16, or the config ddp or fsdp2"),
+        (partial(train_deepspeed, 2), {"model.compile": True}, RecipeError,
+         "model.compile: not with DeepSpeed; use the config ddp or fsdp2"),
+        (partial(train_deepspeed, 2), {"bf16_gradients": True}, RecipeError,
+         "bf16_gradients: not with DeepSpeed; use the config ddp or fsdp2"),
         (train_fsdp_1, {}, RecipeError, "asks for FSDP 1, which averages gradients: add fsdp_version: 2 to it"),
         (train_fsdp_on_cpu, {}, TrainingError, "asked for FSDP, but accelerate made MULTI_CPU of it on cpu"),
     ],
-    ids=["freezing-zero3", "zero0", "fp16-deepspeed", "fsdp1", "fsdp-on-cpu"],
+    ids=["freezing-zero3", "zero0", "fp16-deepspeed", "compile-deepspeed", "bf16-deepspeed", "fsdp1", "fsdp-on-cpu"],
 )  # fmt: skip
 def test_what_would_train_another_way_is_refused(recipe, program, changes, kind, words):  # noqa: F811
     asked = recipe("asked", {**NOTHING_EVALUATED, **changes})
