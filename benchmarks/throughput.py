@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(folder: Path, size: Size) -> dict[str, Any]:
     """All that is measured, in the order of the tables."""
-    is_smoke = size is SMOKE
+    is_smoke = size == SMOKE
     speech = apart(partial(_prepared, folder, size))
     task = Task(speech["prompts"], "tiny", size.batch, 2, 1, Tuning(2 * size.batch, 1), folder)
     starts = first_steps(replace(task, speech=speech["short"]), size)
@@ -128,7 +128,7 @@ def _prepared(folder: Path, size: Size) -> dict[str, Speech]:
         "prompts": data.make_speech(folder, name, clips(), most=size.prompts),
         "short": data.make_speech(folder, "1 to 2 s", data.short_clips(short), most=short, copies=copies),
     }
-    if size is not SMOKE:
+    if size != SMOKE:
         most = size.librispeech
         found["few"] = data.make_speech(folder, f"few {name}", clips(), most=size.base_prompts, size="base")
         found["librispeech"] = data.make_speech(folder, "LibriSpeech-like", data.librispeech_clips(most), most=most)

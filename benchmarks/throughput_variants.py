@@ -68,6 +68,7 @@ class Task:
     world_size: int
     tuning: Tuning
     folder: Path  # to write into
+    units: int = 2  # of ours, a step and rank
 
     @property
     def model(self) -> Path:
@@ -81,15 +82,14 @@ class Task:
 
     @property
     def recipe_values(self) -> dict[str, Any]:
-        """Our recipe: a step of as much audio as the guide's, on average, in units as large as the shipped recipe's."""
+        """Our recipe: a step of as much audio as the guide's, on average."""
         step_s = self.batch * self.accumulation * self.speech.audio_s / self.speech.utterances
-        units = max(1, round(step_s / 50))  # recipes/telephone.yaml
         return {
             **self.speech.source,
             **recipe_values(self.size),
             "model": {"pretrained": str(self.model), "layerdrop": 0.0},
-            "unit_audio_s": step_s / units,
-            "units_per_step": units * self.world_size,
+            "unit_audio_s": step_s / self.units,
+            "units_per_step": self.units * self.world_size,
             "optim": {"lr": _LEARNING_RATE, "schedule": "linear", "warmup_steps": _WARMUP_STEPS},
         }
 
