@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from asr_train.conv_layout import order_gradients
 from asr_train.data.batch import BatchSettings
 from asr_train.data.spec_augment import MaskSettings
 from asr_train.geometry import FrameGeometry
@@ -163,6 +164,7 @@ class SpeechModel(nn.Module):
             base.encoder.config.layerdrop = 0.0
         # transformers would ask for the gradient of the raw audio, which costs memory and has no use
         base.feature_extractor._requires_grad = False
+        order_gradients(base.feature_extractor)
         base._mask_hidden_states = self._mask_hidden_states
         base._get_feature_vector_attention_mask = _as_it_is
         first = 0

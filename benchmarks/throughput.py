@@ -50,15 +50,17 @@ class Size:
     starts: int  # timed
     batch: int  # utterances, twice a step, in the guide
     base_batch: int  # of the base model
-    prompts: int  # utterances, at most
+    prompts: int  # utterances
+    base_prompts: int
     librispeech: int
     short: tuple[int, int]  # utterances, and how often they are there
 
 
 FULL = Size(
-    rounds=3, starts=3, batch=8, base_batch=2, prompts=256, librispeech=32, short=(500, 100)
+    rounds=4, starts=3, batch=8, base_batch=2, prompts=256, base_prompts=12, librispeech=32, short=(500, 100)
 )  # fmt: skip
-SMOKE = Size(rounds=1, starts=1, batch=2, base_batch=0, prompts=48, librispeech=0, short=(40, 2))
+SMOKE = Size(rounds=1, starts=1, batch=2, base_batch=0, prompts=48, base_prompts=0, librispeech=0, short=(40, 2))
+_BASE_ROUNDS = 2  # at most
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,24 +91,25 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(folder: Path, size: Size) -> dict[str, Any]:
     """All that is measured, in the order of the tables."""
-    is_smoke = size is SMOKE
-    prompts, short, librispeech = apart(partial(_prepared, folder, size))
-    task = Task(prompts, "tiny", size.batch, 2, 1, Tuning(2 * size.batch, 1), folder)
-    starts = first_steps(replace(task, speech=short), size)
+    is_smoke = size == SMOKE
+    speech = apart(partial(_prepared, folder, size))
+    task = Task(speech["prompts"], "tiny", size.batch, 2, 1, Tuning(2 * size.batch, 1), folder)
+    starts = first_steps(replace(task, speech=speech["short"]), size)
     tunings: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for ranks in (1,) if is_smoke else (1, 2):
         here = replace(task, world_size=ranks)
         if not is_smoke:
-            tried = search(here, size)
+            tried = search(here)
             here = replace(here, tuning=Tuning(**max(tried, key=lambda one: one["audio_s_per_s"])["tuning"]))
             tunings += tried
-        rows += compare(here, size)
-        if librispeech is not None:
-            rows += compare(replace(here, speech=librispeech), size)
-        if ranks == 1 and not is_smoke:
-            tuning = replace(here.tuning, batch=2 * size.base_batch)
-            rows += compare(replace(here, size="base", batch=size.base_batch, tuning=tuning), size)
+        rows += compare(here, size.rounds, is_smoke=is_smoke)
+        if not is_smoke:
+            rows += compare(replace(here, speech=speech["librispeech"]), size.rounds)
+        if not is_smoke and ranks == 1:
+            tuning = replace(here.tuning, batch=min(here.tuning.batch, 2 * size.base_batch))
+            base = replace(here, speech=speech["few"], size="base", batch=size.base_batch, tuning=tuning)
+            rows += compare(base, min(_BASE_ROUNDS, size.rounds))
     return {"tunings": tunings, "rows": rows, "starting": starts, "imports": imports(0 if is_smoke else size.starts)}
 
 
@@ -116,24 +119,26 @@ def apart(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result()
 
 
-def _prepared(folder: Path, size: Size) -> tuple[Speech, Speech, Speech | None]:
-    """The sets of utterances, and the models; the third only where it is wanted."""
+def _prepared(folder: Path, size: Size) -> dict[str, Speech]:
+    """The sets of utterances and their models, as far as they are wanted."""
     is_recorded = SOUNDS.is_dir()
-    name, clips = ("telephone prompts", data.prompt_clips()) if is_recorded else ("demo speech", data.demo_clips())
-    sizes = ("base", "tiny") if size.base_batch else ("tiny",)
-    prompts = data.make_speech(folder, name, clips, most=size.prompts, sizes=sizes)
-    most, copies = size.short
-    short = data.make_speech(folder, "1 to 2 s", data.short_clips(most), most=most, copies=copies)
-    if not size.librispeech:
-        return prompts, short, None
-    clips = data.librispeech_clips(size.librispeech)
-    return prompts, short, data.make_speech(folder, "LibriSpeech-like", clips, most=size.librispeech)
+    name, clips = ("telephone prompts", data.prompt_clips) if is_recorded else ("demo speech", data.demo_clips)
+    short, copies = size.short
+    found = {
+        "prompts": data.make_speech(folder, name, clips(), most=size.prompts),
+        "short": data.make_speech(folder, "1 to 2 s", data.short_clips(short), most=short, copies=copies),
+    }
+    if size != SMOKE:
+        most = size.librispeech
+        found["few"] = data.make_speech(folder, f"few {name}", clips(), most=size.base_prompts, size="base")
+        found["librispeech"] = data.make_speech(folder, "LibriSpeech-like", data.librispeech_clips(most), most=most)
+    return found
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def search(task: Task, size: Size) -> list[dict[str, Any]]:
+def search(task: Task) -> list[dict[str, Any]]:
     """What the expert tries: batch sizes, then numbers of workers with the best of them; utterances a step stay."""
     tried: list[dict[str, Any]] = []
     choices = [Tuning(batch, 1) for batch in BATCHES]
@@ -149,10 +154,10 @@ def search(task: Task, size: Size) -> list[dict[str, Any]]:
     return tried
 
 
-def compare(task: Task, size: Size) -> list[dict[str, Any]]:
+def compare(task: Task, rounds: int, *, is_smoke: bool = False) -> list[dict[str, Any]]:
     """A row for each variant, all on the same task."""
     with contest({variant: (variant, task) for variant in VARIANTS}) as found:
-        turns = by_turns(found, size.rounds, 1 if size is SMOKE else task.steps)
+        turns = by_turns(found, rounds, 1 if is_smoke else task.steps)
         firsts = {variant: contestant.first for variant, contestant in found.items()}
     rows = []
     for variant, slices in turns.items():
@@ -162,6 +167,7 @@ def compare(task: Task, size: Size) -> list[dict[str, Any]]:
             "batch": _batch(variant, task), "utterances": task.speech.utterances, "audio_s": task.speech.audio_s,
             "steps": sum(turn.steps for turn in slices),
             "audio_s_per_s": spread([turn.audio_s_per_s for turn in slices]),
+            "audio_s_per_cpu_s": spread([turn.audio_s_per_cpu_s for turn in slices]),
             "ours_to_this": spread([ours.audio_s_per_s / theirs.audio_s_per_s for ours, theirs in pairs]),
             "padding": 1 - sum(turn.audio_s for turn in slices) / sum(turn.padded_audio_s for turn in slices),
             "data_wait": sum(turn.data_wait * turn.seconds for turn in slices) / sum(turn.seconds for turn in slices),
@@ -254,7 +260,8 @@ def render(result: dict[str, Any]) -> str:
     machine = result["hardware"]
     lines += [
         f"{machine['cpu']}, {machine['cores']} cores, one thread a process, load average "
-        f"{machine['load_average_before'][0]:g}; medians and quartiles of {result['rounds']} slices. "
+        f"{machine['load_average_before'][0]:g}; medians and quartiles of {result['rounds']} epochs, or "
+        f"{min(_BASE_ROUNDS, result['rounds'])} of the base model. "
         f"The expert tried: {'; '.join(_tried(result['tunings'])) or 'nothing'}.",
         "",
         *shown_bars(result["bars"]),
@@ -269,6 +276,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             str(row["ranks"]),
             row["batch"],
             shown(row["audio_s_per_s"], ".1f"),
+            f"{row['audio_s_per_cpu_s']['median']:.1f}",
             "1" if row["variant"] == "ours" else shown(row["ours_to_this"], ".2f"),
             f"{100 * row['padding']:.1f}",
             f"{100 * row['data_wait']:.2f}",
@@ -279,7 +287,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         for row in rows
     ]
     columns = (
-        "trained by", "processes", "batch x accumulated", "useful audio-s/s", "ours beside it", "padding, %",
+        "trained by", "processes", "batch x accumulated", "useful audio-s/s", "of CPU", "ours beside it", "padding, %",
         "waiting for data, %", "MB a process", "s to first step", "steps",
     )  # fmt: skip
     return markdown(columns, cells)

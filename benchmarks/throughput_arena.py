@@ -35,6 +35,7 @@ class Turn:
 
     seconds: float
     audio_s_per_s: float  # of utterances, without padding
+    audio_s_per_cpu_s: float
     steps: int
     audio_s: float
     padded_audio_s: float
@@ -49,6 +50,7 @@ class Turn:
         return cls(
             seconds,
             audio_s / seconds,
+            audio_s / sum(each.cpu_s for each in slices),
             slices[0].steps,
             audio_s,
             sum(each.padded_samples for each in slices) / SAMPLE_RATE,

@@ -38,7 +38,7 @@ class Speech:
 
     name: str
     source: dict[str, Any]  # of our recipe: data and name
-    models: dict[str, Path]  # by size: a folder of transformers, with its processor
+    model: Path  # a folder of transformers, with its processor
     nested: Path  # the guide's `map`: Arrow, input_values [[float]]
     flat: Path  # an expert's: input_values [float], length
     copies: int  # of the file of nested and flat, as the corpus has copies of its shard
@@ -93,9 +93,9 @@ def recipe_values(size: str) -> dict[str, Any]:
 
 
 def make_speech(
-    folder: Path, name: str, clips: Iterator[Clip], *, most: int, copies: int = 1, sizes: tuple[str, ...] = ("tiny",)
+    folder: Path, name: str, clips: Iterator[Clip], *, most: int, copies: int = 1, size: str = "tiny"
 ) -> Speech:
-    """Write recordings, prepare them by both ways, check that both have the same labels, and make the models."""
+    """Write recordings, prepare them by both ways, check that both have the same labels, and make the model."""
     from asr_train.prepare import prepare  # noqa: PLC0415 - imports transformers, which takes seconds
 
     place = folder / name.replace(" ", "-")
@@ -111,12 +111,10 @@ def make_speech(
         "max_steps": 1_000_000,
         "data": {"train": listed, "corpus_root": str(place), "num_proc": 1, "max_rejected_percent": 100.0},
     }
-    nested, flat = place / "nested.arrow", place / "flat.arrow"
-    models = {size: place / size for size in sizes}
-    for size, model in models.items():  # a corpus knows its model's convolutions
-        recipe = decode_recipe({**source, **recipe_values(size)})
-        corpus = prepare(recipe, progress=False)
-        _make_model(model, recipe, corpus)
+    nested, flat, model = place / "nested.arrow", place / "flat.arrow", place / "model"
+    recipe = decode_recipe({**source, **recipe_values(size)})
+    corpus = prepare(recipe, progress=False)
+    _make_model(model, recipe, corpus)
     _map(corpus, nested, flat)
     for path in place.glob("*.wav"):
         path.unlink()
@@ -124,7 +122,7 @@ def make_speech(
         _copy(corpus.path, copies)
     train = Corpus.open(corpus.path).train
     audio_s = float(train.num_samples.sum()) / SAMPLE_RATE
-    return Speech(name, source, models, nested, flat, copies, audio_s, len(train))
+    return Speech(name, source, model, nested, flat, copies, audio_s, len(train))
 
 
 def _map(corpus: Corpus, nested: Path, flat: Path) -> None:

@@ -68,11 +68,12 @@ class Task:
     world_size: int
     tuning: Tuning
     folder: Path  # to write into
+    units: int = 2  # of ours, a step and rank
 
     @property
     def model(self) -> Path:
         """A folder of transformers."""
-        return self.speech.models[self.size]
+        return self.speech.model
 
     @property
     def steps(self) -> int:
@@ -81,15 +82,14 @@ class Task:
 
     @property
     def recipe_values(self) -> dict[str, Any]:
-        """Our recipe: a step of as much audio as the guide's, on average, in units as large as the shipped recipe's."""
+        """Our recipe: a step of as much audio as the guide's, on average."""
         step_s = self.batch * self.accumulation * self.speech.audio_s / self.speech.utterances
-        units = max(1, round(step_s / 50))  # recipes/telephone.yaml
         return {
             **self.speech.source,
             **recipe_values(self.size),
             "model": {"pretrained": str(self.model), "layerdrop": 0.0},
-            "unit_audio_s": step_s / units,
-            "units_per_step": units * self.world_size,
+            "unit_audio_s": step_s / self.units,
+            "units_per_step": self.units * self.world_size,
             "optim": {"lr": _LEARNING_RATE, "schedule": "linear", "warmup_steps": _WARMUP_STEPS},
         }
 
@@ -103,6 +103,7 @@ class Slice(NamedTuple):
     samples: int  # of utterances
     padded_samples: int  # with their padding
     data_wait_s: float
+    cpu_s: float  # of the process and its workers
     memory_bytes: int  # peak of the process, and what its workers have of their own
 
 
@@ -120,6 +121,7 @@ class Baton:
         self._begin_s = begin_s
         self._samples = self._padded_samples = 0
         self._data_wait_s = 0.0
+        self._begin_cpu_s = _cpu_s(psutil.Process().children())
 
     def step_done(self) -> None:
         """A step is over; returns when the next one may begin."""
@@ -128,10 +130,11 @@ class Baton:
             return
         end_s = time.monotonic()
         workers = psutil.Process().children()
+        cpu_s = _cpu_s(workers) - self._begin_cpu_s
         for worker in workers:
             worker.suspend()
         memory = memory_bytes()["peak"] + sum(worker.memory_full_info().uss for worker in workers)
-        counts = self._samples, self._padded_samples, self._data_wait_s
+        counts = self._samples, self._padded_samples, self._data_wait_s, cpu_s
         self._connection.send(Slice(self._begin_s, end_s, self._steps, *counts, memory))
         steps = self._connection.recv()
         for worker in workers:
@@ -157,6 +160,12 @@ class Baton:
 
         Wav2Vec2FeatureEncoder.forward = counted_forward
         _BaseDataLoaderIter.__next__ = timed_next
+
+
+def _cpu_s(workers: list[psutil.Process]) -> float:
+    """Time that this process and its workers have computed, so far."""
+    times = [os.times(), *(worker.cpu_times() for worker in workers)]
+    return sum(each.user + each.system for each in times)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------

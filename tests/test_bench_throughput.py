@@ -85,11 +85,12 @@ def test_what_goes_into_the_model_is_counted_without_its_padding(variants, monke
 def test_a_turn_is_as_long_as_its_slowest_rank(throughput, variants):
     rate = 16_000
     slices = [
-        variants.Slice(10.0, 14.0, 2, 6 * rate, 8 * rate, 0.5, 100),
-        variants.Slice(10.5, 15.0, 2, 4 * rate, 4 * rate, 1.0, 200),
+        variants.Slice(10.0, 14.0, 2, 6 * rate, 8 * rate, 0.5, 4.0, 100),
+        variants.Slice(10.5, 15.0, 2, 4 * rate, 4 * rate, 1.0, 4.0, 200),
     ]
     turn = throughput.Turn.of(slices)
     assert (turn.seconds, turn.audio_s_per_s, turn.steps) == (5.0, 2.0, 2)
+    assert turn.audio_s_per_cpu_s == 10 / 8
     assert (turn.audio_s, turn.padded_audio_s, turn.data_wait, turn.rank_bytes) == (10.0, 12.0, 0.2, 200)
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     phase ledger run_ledger
     estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
     data.plan""",
-    """progress prometheus peer_wait metrics loss optim safe_load generators
+    """progress prometheus peer_wait metrics loss optim safe_load generators conv_layout
     data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
     data.sources
     data.shards data.shard_pool data.summary data.finish data.corpus data.stage
