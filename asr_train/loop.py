@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from asr_train.errors import RecipeError, TrainingError, say
 from asr_train.files import append_jsonl
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.loss import ctc_losses
+from asr_train.memory_error import names_what_was_too_large
 from asr_train.optim import apply_schedule
 from asr_train.phase import PhaseFile
 from asr_train.progress import TrainingProgress
@@ -38,6 +40,7 @@ from asr_train.stop import Requests, StopFlag
 from asr_train.strategy import Parallel
 
 _MAX_NAMED = 20  # utterances named in a line about a skipped step
+_MAX_NAMED_OF_UNIT = 5  # and of a unit that was too large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +119,17 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
                 turn, batch = clock.wait_for(turns)
                 job.phase.show("step", state.step + 1)
                 assert (turn.epoch, turn.step) == (epoch, step), f"the loader is at {turn}, not at {(epoch, step)}"
-                losses = _forward(job, turn, batch.to(parallel.device, non_blocking=True), totals, num_utterances)
+                with names_what_was_too_large(recipe, partial(_named_unit, job, state, turn, batch)):
+                    losses = _forward(job, turn, batch.to(parallel.device, non_blocking=True), totals, num_utterances)
                 done.append(_Done(turn, batch.ids, losses))
 
             # 3. Sum over ranks, then update, or skip on all ranks together; one host sync.
             totals[3] += job.requests is not None and job.requests.look(job.stop)
             totals[2] += job.stop.is_set
-            (loss, num_infinite, num_stops, num_saves), norm, is_applied = parallel.update(
-                totals, recipe.optim.max_grad_norm
-            )
+            with names_what_was_too_large(recipe, partial("the update of step {}".format, state.step + 1)):
+                (loss, num_infinite, num_stops, num_saves), norm, is_applied = parallel.update(
+                    totals, recipe.optim.max_grad_norm
+                )
             state.step += 1
             state.num_infinite_losses += int(num_infinite)
             clock.end_step()
@@ -258,6 +263,18 @@ def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utter
     totals[0] += loss.detach()
     totals[1] += infinite.sum()
     return losses.detach()
+
+
+def _named_unit(job: Job, state: TrainState, turn: Turn, batch: Batch) -> str:
+    """A unit for a message: where it is in the plan, how large it is, and its first utterances."""
+    count, padded_s = len(batch.ids), batch.padded_samples / SAMPLE_RATE
+    ids = ", ".join(job.corpus.train.id(int(row)) for row in batch.ids[:_MAX_NAMED_OF_UNIT])
+    place = "an idle turn" if turn.unit is None else f"unit {turn.unit}"
+    return (
+        f"{place} of step {state.step + 1} (epoch {turn.epoch}, its step {turn.step}) on rank {job.parallel.rank}: "
+        f"{count} utterances padded to {padded_s:.2f} s, {count * padded_s:.1f} s in all, {ids}"
+        f"{', ...' if count > _MAX_NAMED_OF_UNIT else ''}"
+    )
 
 
 def _loader(job: Job, state: TrainState) -> AbstractContextManager[Iterator[tuple[Turn, Batch]]]:
