@@ -9,7 +9,8 @@ from dataclasses import MISSING, dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
-from pydantic import BeforeValidator, ConfigDict, Discriminator, StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Discriminator, PlainValidator, StringConstraints
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -18,6 +19,20 @@ Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Cadence = Annotated[str, BeforeValidator(str), StringConstraints(pattern=r"^[1-9][0-9]*( epochs?)?$")]
+
+
+def _unit_size(value: Any) -> Any:
+    """`auto`, or seconds; one message for both kinds."""
+    try:
+        number = value if value == "auto" else float(value)
+    except (TypeError, ValueError):
+        number = None
+    if isinstance(value, bool) or number is None or (number != "auto" and not 0 < number < float("inf")):
+        raise PydanticCustomError("unit_size", "should be a number greater than 0, or auto")
+    return number
+
+
+UnitSize = Annotated[float | Literal["auto"], PlainValidator(_unit_size)]
 
 
 def setting(meaning: str, default: Any = MISSING, *, defines_run: bool = True) -> Any:
@@ -283,8 +298,10 @@ class Recipe(_Strict):
     tf32: bool = setting("let fp32 matrix products round to tf32 on NVIDIA GPUs", False)
     deterministic: bool = setting("use deterministic kernels only, slower", False)
     bf16_gradients: bool = setting("sum gradients over processes in bf16: half the bytes sent, coarser sums", False)
-    unit_audio_s: Positive = setting(
-        "seconds of audio, padded, a unit, on average; a unit is what one process takes at once", 100.0
+    unit_audio_s: UnitSize = setting(
+        "seconds of audio, padded, a unit, on average; a unit is what one process takes at once; auto finds the "
+        "largest that fits, once a run",
+        100.0,
     )
     unit_utterances: Count | None = setting("utterances a unit, in place of unit_audio_s", None)
     units_per_step: Count = setting("units an optimizer step, over all processes", 8)

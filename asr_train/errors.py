@@ -15,6 +15,7 @@ EXIT_USAGE = 2  # the command line or the recipe
 EXIT_STOPPED = 3  # stopped on request, with a committed checkpoint
 EXIT_FAILED = 4
 EXIT_NO_CHECKPOINT = 5  # checkpoints exist, none can be used
+EXIT_OUT_OF_MEMORY = 6  # a unit, or the update, does not fit into memory
 
 
 class WavefleetError(Exception):
@@ -51,6 +52,12 @@ class RunError(WavefleetError):
 
 class TrainingError(WavefleetError):
     """Training cannot go on: too many skipped steps, a failed rank."""
+
+
+class UnitMemoryError(TrainingError):
+    """A unit, or the update, does not fit into memory; as often as it is tried."""
+
+    exit_code = EXIT_OUT_OF_MEMORY
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model costs, from its transformers config alone: FLOPs, and how they grow with the length of an utterance.
+"""What a model costs, from its transformers config alone: FLOPs, how they grow with an utterance, and parameters.
 
 A multiplication with its addition counts as two. Norms, activations and softmax are left out.
 """
@@ -63,6 +63,33 @@ def training_flops_per_s(
     frames_per_s = SAMPLE_RATE / stride_samples
     fixed, attention = _training_flops(ForwardFlops.of(config), feature_encoder_frozen)
     return frames_per_s * (fixed + attention * frames_per_s * utterance_s)
+
+
+def num_parameters(config: Mapping[str, Any], *, feature_encoder_frozen: bool) -> tuple[int, int]:
+    """Parameters that are trained, and those that are frozen."""
+    hidden, inner, num_layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    channels = [1, *config["conv_dim"]]
+    encoder = sum(k * a * b for k, a, b in zip(config["conv_kernel"], channels, channels[1:], strict=False))
+    encoder += sum(channels[1:]) if config["conv_bias"] else 0
+    is_layer_norm = config.get("feat_extract_norm", "layer") == "layer"
+    encoder += 2 * sum(channels[1:]) if is_layer_norm else 2 * channels[1]
+    projection = channels[-1] * hidden + hidden + 2 * channels[-1] * config.get("feat_proj_layer_norm", True)
+    rest = projection + positional_weight(config) + hidden + config["num_conv_pos_embeddings"]
+    rest += hidden * (config.get("mask_time_prob", 0) > 0 or config.get("mask_feature_prob", 0) > 0)
+    rest += 2 * hidden + hidden * config["vocab_size"] + config["vocab_size"]
+    layer = 4 * (hidden**2 + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
+    if config["model_type"] == "wavlm":
+        heads = config["num_attention_heads"]
+        layer += heads + 8 * (hidden // heads) + 8  # how much of the position's bias each head takes
+        rest += config["num_buckets"] * heads
+    rest += num_layers * layer
+    return (rest, encoder) if feature_encoder_frozen else (rest + encoder, 0)
+
+
+def positional_weight(config: Mapping[str, Any]) -> int:
+    """Elements of the positional convolution's kernel."""
+    hidden = config["hidden_size"]
+    return int(hidden * (hidden // config["num_conv_pos_embedding_groups"]) * config["num_conv_pos_embeddings"])
 
 
 def _training_flops(forward: ForwardFlops, feature_encoder_frozen: bool) -> tuple[float, float]:

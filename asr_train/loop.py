@@ -7,6 +7,7 @@ host sync a step decides update or skip on all ranks together.
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -15,14 +16,18 @@ from asr_train.data.batch import Batch, input_values
 from asr_train.data.loader import RankTurns, Turn, open_loader
 from asr_train.data.text import Normaliser
 from asr_train.errors import RecipeError, TrainingError, say
+from asr_train.geometry import SAMPLE_RATE
 from asr_train.job import Job
 from asr_train.loss import ctc_losses
+from asr_train.memory_error import names_what_was_too_large
 from asr_train.optim import apply_schedule
 from asr_train.progress import TrainingProgress
 from asr_train.recipe import parse_cadence
 from asr_train.score import add_metrics, evaluate_set
 from asr_train.state import TrainState, due, higher_is_better
 from asr_train.training_log import Done, Sums, TrainingLog
+
+_MAX_NAMED = 5  # utterances of a unit that was too large
 
 
 def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
@@ -67,13 +72,15 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
                 turn, batch = log.next_turn(turns)
                 job.phase.show("step", state.step + 1)
                 assert (turn.epoch, turn.step) == (epoch, step), f"the loader is at {turn}, not at {(epoch, step)}"
-                losses = _forward(job, turn, batch.to(parallel.device, non_blocking=True), totals, num_utterances)
+                with names_what_was_too_large(recipe, partial(_named_unit, job, state, turn, batch)):
+                    losses = _forward(job, turn, batch.to(parallel.device, non_blocking=True), totals, num_utterances)
                 done.append(Done(turn, batch.ids, losses))
 
             # 3. Sum over ranks, then update, or skip on all ranks together; one host sync.
             totals[3] += job.requests is not None and job.requests.look(job.stop)
             totals[2] += job.stop.is_set
-            values, norm, is_applied = parallel.update(totals, recipe.optim.max_grad_norm)
+            with names_what_was_too_large(recipe, partial("the update of step {}".format, state.step + 1)):
+                values, norm, is_applied = parallel.update(totals, recipe.optim.max_grad_norm)
             sums = Sums(*values)
             state.step += 1
 
@@ -200,6 +207,18 @@ def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utter
         totals[4] += batch.audio_samples
         totals[5] += len(batch.ids) * batch.padded_samples
     return losses.detach()
+
+
+def _named_unit(job: Job, state: TrainState, turn: Turn, batch: Batch) -> str:
+    """A unit for a message: where it is in the plan, how large it is, and its first utterances."""
+    count, padded_s = len(batch.ids), batch.padded_samples / SAMPLE_RATE
+    ids = ", ".join(job.corpus.train.id(int(row)) for row in batch.ids[:_MAX_NAMED])
+    place = "an idle turn" if turn.unit is None else f"unit {turn.unit}"
+    return (
+        f"{place} of step {state.step + 1} (epoch {turn.epoch}, its step {turn.step}) on rank {job.parallel.rank}: "
+        f"{count} utterances padded to {padded_s:.2f} s, {count * padded_s:.1f} s in all, {ids}"
+        f"{', ...' if count > _MAX_NAMED else ''}"
+    )
 
 
 def _loader(job: Job, state: TrainState) -> AbstractContextManager[Iterator[tuple[Turn, Batch]]]:

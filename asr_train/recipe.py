@@ -266,6 +266,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append(f"order: {recipe.order!r} takes a fixed count of utterances a unit; set unit_utterances")
     if recipe.order == "cost" and recipe.unit_utterances is not None:
         found.append("unit_utterances: order 'cost' sizes units by unit_audio_s; choose order grouped or random")
+    if recipe.order != "cost" and recipe.unit_audio_s == "auto":
+        found.append(f"unit_audio_s: 'auto': order {recipe.order!r} sizes units by unit_utterances; give a number")
     if recipe.data.min_duration_s >= recipe.data.max_duration_s:
         found.append(f"data.min_duration_s: {recipe.data.min_duration_s}: should be under data.max_duration_s")
     if abs(sum(recipe.optim.tri_stage) - 1) > 1e-6:

@@ -1,7 +1,7 @@
 """One run on disk.
 
 recipe.yaml            the resolved recipe
-run.json               run id, name, recipe hash, when it was made
+run.json               run id, name, recipe hash, when it was made; what `unit_audio_s: auto` was found to be
 lock.json              who trains here now: host, pid, heartbeat
 attempts/attempt-001.json   one life of the run: versions, git state, host, world size, strategy
 outcome/attempt-001/rank-0.json   how that attempt ended, a file a rank
@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -101,16 +101,18 @@ class RunDir:
         except OSError as error:
             raise RunError(f"run_dir: {self.path} cannot be made: {error}; choose another") from None
 
-    def claim(self, recipe: Recipe, *, allow_change: bool = False) -> None:
-        """Make this the directory of `recipe`, or check that it is already.
+    def claim(self, recipe: Recipe, *, allow_change: bool = False) -> Recipe:
+        """Make this the directory of `recipe`, or check that it is already; the recipe that the run goes on with.
 
-        What does not define the run (logging, evaluation, checkpoint cadence) is taken from the new recipe.
+        What does not define the run (logging, evaluation, checkpoint cadence) is taken from the new recipe. Where it
+        says `unit_audio_s: auto`, the number that was found in this run takes its place.
 
         Raises:
             RunError: it holds another run; lists what differs.
         """
         identity_file = self.path / "run.json"
         if identity_file.exists():
+            recipe = self._with_found_unit(recipe)
             self._check_same(recipe, allow_change=allow_change)
         elif any(self.path.glob("checkpoints/step-*")):
             raise RunError(
@@ -127,6 +129,20 @@ class RunDir:
                 },
             )
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+        return recipe
+
+    def settle_unit(self, recipe: Recipe, unit_audio_s: float, **about: Any) -> None:
+        """Write what `unit_audio_s: auto` was found to be: for good, as the plan of the data follows from it.
+
+        The run stays known by the recipe as it was written, its name and hash; `recipe.yaml` has the number.
+        """
+        path = self.path / "run.json"
+        write_json(path, {**read_json(path), "unit_audio_s": unit_audio_s, "unit_audio_s_found": about})
+        write_text(self.path / "recipe.yaml", dump_recipe(replace(recipe, unit_audio_s=unit_audio_s)))
+
+    def _with_found_unit(self, recipe: Recipe) -> Recipe:
+        found = read_json(self.path / "run.json").get("unit_audio_s")
+        return recipe if found is None or recipe.unit_audio_s != "auto" else replace(recipe, unit_audio_s=found)
 
     def _check_same(self, recipe: Recipe, *, allow_change: bool) -> None:
         try:
@@ -143,6 +159,10 @@ class RunDir:
             )
         if changed:
             self.done.unlink(missing_ok=True)
+        if "unit_audio_s" in changed:  # a number that was found counts no more
+            about = read_json(self.path / "run.json")
+            kept = {key: value for key, value in about.items() if not key.startswith("unit_audio_s")}
+            write_json(self.path / "run.json", kept)
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt, 0 when there was none."""

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from asr_train.chunked_encoder import run_in_chunks
 from asr_train.conv_layout import order_gradients
 from asr_train.data.batch import BatchSettings
 from asr_train.data.spec_augment import MaskSettings
@@ -135,8 +136,9 @@ class SpeechModel(nn.Module):
         return self
 
     def freeze_feature_encoder(self) -> None:
-        """Never train the convolutions; as nothing in them needs a gradient, autograd keeps nothing of them."""
+        """Never train the convolutions: no gradients, nothing kept of them, and a few utterances at a time."""
         self._base.feature_extractor.requires_grad_(False)
+        run_in_chunks(self._base.feature_extractor)
 
     @property
     def _base(self) -> Any:

@@ -8,7 +8,8 @@ import argparse
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from asr_train.ledger import Ledger
 from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
 from asr_train.loop import fit
-from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
+from asr_train.model import PADDING_SENSITIVE_OVER, SpeechModel, build_model, padding_difference
 from asr_train.optim import build_optimizer, may_fuse
 from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
@@ -41,6 +42,9 @@ from asr_train.state import TrainState
 from asr_train.stop import Requests, StopFlag, follow_launcher
 from asr_train.strategy import Parallel
 from asr_train.trained import load_init
+from asr_train.unit_probe import find_unit_audio_s
+
+_Value = TypeVar("_Value")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +76,7 @@ def train(recipe: Recipe, *, allow_change: bool = False) -> int:
                 stack.enter_context(run.lock())
             except LockHeldError as error:
                 raise RunError(locked_message(run, error)) from None
-            run.claim(recipe, allow_change=allow_change)
+            recipe = run.claim(recipe, allow_change=allow_change)
         requests = Requests(run.control, recipe.limits.max_time_s) if rank == 0 else None
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         # where the recipe may have changed, only rank 0 knows whether the run is still done: then all go on to its end
@@ -135,16 +139,15 @@ def _attempt(
     if is_sensitive and recipe.order == "random":
         raise RecipeError("order: 'random': pads utterances of all lengths together, which this model does not bear")
 
-    # 3. Processes, plan, optimizer.
+    # 3. Processes, optimizer, plan; the size of units, where that is left open.
     accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
     attempt[:] = _from_rank_0(attempt)
-    is_frozen = recipe.model.freeze_feature_encoder
-    quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
-    plan = _make_plan(recipe, corpus, quadratic)
     parallel = strategy.prepare(
         accelerator, model, build_optimizer(model, recipe.optim, fused=may_fuse(accelerator)), recipe
     )
     create_state(parallel)
+    recipe = _with_unit_size(recipe, run, corpus, parallel)
+    plan = _make_plan(recipe, corpus, model)
     facts = _facts(recipe, run, corpus, plan, parallel, attempt[0])
 
     # 4. The run's newest whole checkpoint, if it has any; all ranks look at it together.
@@ -192,7 +195,7 @@ def _attempt(
         stop=stop,
         requests=requests,
         phase=phase,
-        ledger=Ledger(quadratic=quadratic),
+        ledger=Ledger(quadratic=plan.settings.quadratic),
     )
     first_line = {
         "event": "restored" if newest else "started", "step": state.step, **facts, "tf32": recipe.tf32,
@@ -249,19 +252,37 @@ def _device_name(parallel: Parallel) -> str:
     return torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "cpu"
 
 
-def _make_plan(recipe: Recipe, corpus: Corpus, quadratic: float) -> Plan:
-    settings = PlanSettings(
-        unit_audio_s=recipe.unit_audio_s,
+def _with_unit_size(recipe: Recipe, run: RunDir, corpus: Corpus, parallel: Parallel) -> Recipe:
+    """The recipe with a number for `unit_audio_s: auto`: the run's own, or, before its first step, found now."""
+    size = _from_rank_0(recipe.unit_audio_s)  # only rank 0 knows what an attempt before has found
+    if size == "auto":
+        found = find_unit_audio_s(recipe, parallel, corpus.train.index, _plan_settings(recipe, corpus, parallel.module))
+        size = found.unit_audio_s
+        if parallel.rank == 0:
+            run.settle_unit(recipe, size, how=found.how, device=found.device, strategy=parallel.name)
+            say(f"unit_audio_s: auto is {size:g} in this run, {found.how} on {found.device}")
+    return replace(recipe, unit_audio_s=size)
+
+
+def _make_plan(recipe: Recipe, corpus: Corpus, model: SpeechModel) -> Plan:
+    return Plan(corpus.train.index, _plan_settings(recipe, corpus, model), recipe.seed)
+
+
+def _plan_settings(recipe: Recipe, corpus: Corpus, model: SpeechModel) -> PlanSettings:
+    """How the corpus is batched; where the size of units is still to be found, in units of a second."""
+    is_frozen = recipe.model.freeze_feature_encoder
+    quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
+    return PlanSettings(
+        unit_audio_s=1.0 if recipe.unit_audio_s == "auto" else recipe.unit_audio_s,
         unit_utterances=recipe.unit_utterances,
         units_per_step=recipe.units_per_step,
         order=recipe.order,
         quadratic=quadratic,
         stride_samples=corpus.geometry.stride_samples,
     )
-    return Plan(corpus.train.index, settings, recipe.seed)
 
 
-def _from_rank_0(value: list[int]) -> list[int]:
+def _from_rank_0(value: _Value) -> _Value:
     """Rank 0's value, on every rank."""
     values = [value]
     if dist.is_initialized():

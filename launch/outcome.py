@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CHECKPOINT, EXIT_STOPPED, EXIT_USAGE
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CHECKPOINT, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, EXIT_USAGE
 from launch.evidence import (
     Attempt,
     as_number,
@@ -194,7 +194,10 @@ def _exit_code(finding: Finding, attempt: Attempt) -> int:
     if finding.kind in ("stopped_by_user", "time_limit", "preempted", "cancelled"):
         is_saved = newest_step(evidence) is not None and num_lost_steps(evidence) == 0
         return EXIT_STOPPED if is_saved else EXIT_FAILED
-    codes = {"done": EXIT_DONE, "recipe": EXIT_USAGE, "no_checkpoint": EXIT_NO_CHECKPOINT}
+    codes = {
+        "done": EXIT_DONE, "recipe": EXIT_USAGE, "no_checkpoint": EXIT_NO_CHECKPOINT,
+        "out_of_memory": EXIT_OUT_OF_MEMORY,
+    }  # fmt: skip
     return codes.get(finding.kind, EXIT_FAILED)
 
 

@@ -41,7 +41,7 @@ _PATTERNS: Final[tuple[tuple[SignKind, bool, str, str], ...]] = (
     (
         "out_of_memory", True, _GPU_MEMORY,
         r"(?:CUDA|HIP) out of memory|CUDA error: out of memory|C[uU][dD][aA] failure.{0,12}out of memory"
-        r"|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|\bOutOfMemoryError\b",
+        r"|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|\b(?:OutOf|Unit)MemoryError\b",
     ),
     (
         "out_of_memory", True, _SHARED_MEMORY,
@@ -80,7 +80,7 @@ _PATTERNS: Final[tuple[tuple[SignKind, bool, str, str], ...]] = (
 )  # fmt: skip
 _COMPILED: Final = tuple(re.compile(pattern, re.MULTILINE) for *_, pattern in _PATTERNS)
 # our own errors are written for the user: all their lines count
-_OURS: Final = re.compile(r"(?:Recipe|Run|Model|Corpus|Audio|Checkpoint|Training)Error\b")
+_OURS: Final = re.compile(r"(?:Recipe|Run|Model|Corpus|Audio|Checkpoint|Training|UnitMemory)Error\b")
 
 _TIMEOUT: Final = re.compile(r"collective operation timeout|[Tt]imed out waiting \d+ ?ms for (?:recv|send)")
 _ERROR_LINE: Final = re.compile(r"^(?:error: .+|(?:\w+\.)*\w*(?:Error|Exception)\b.*)$", re.MULTILINE)

@@ -15,15 +15,15 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 # A new module is placed here, as low as its imports let it be. Layer 0 has no torch; `launch` may use it and no other.
 LAYERS = (
     """__init__ config errors files geometry lock recipe resources run_dir state checkpoints stop
-    phase ledger run_ledger
-    estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
+    phase ledger run_ledger estimate memory_estimate auto_unit
+    captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
     data.plan""",
-    """progress prometheus peer_wait metrics loss optim safe_load generators conv_layout
+    """progress prometheus peer_wait metrics memory_error loss optim safe_load generators conv_layout
     data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
     data.sources
     data.shards data.shard_pool data.summary data.finish data.corpus data.stage
     data.spec_augment data.batch data.loader""",
-    "model_config speech_model model compiling strategy live_state checkpoint restore score",
+    "model_config chunked_encoder speech_model model compiling strategy unit_probe live_state checkpoint restore score",
     """job training_log loop prepare prepare_share fetch samples train trained selfcheck eval_data evaluate model_card
     export transcribe __main__""",
 )

@@ -206,21 +206,21 @@ CASES = {
         evidence(all_of(failed("RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms "
                                "for recv operation to complete", lost=True))),
         "hang", "retry", 4, True, "Timed out waiting"),
-    "GPU memory": (evidence(peers(r2=failed(GPU_OOM))), "out_of_memory", "stop", 4, True, "unit_audio_s"),
+    "GPU memory": (evidence(peers(r2=failed(GPU_OOM))), "out_of_memory", "stop", 6, True, "unit_audio_s"),
     "GPU memory, seen in NCCL": (
         evidence(peers(r2=failed("DistBackendError: NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 "
                                  "'out of memory'", lost=True))),
-        "out_of_memory", "stop", 4, True, "Rank 2"),
+        "out_of_memory", "stop", 6, True, "Rank 2"),
     "host memory": (
         evidence(peers(r1=failed("RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't "
                                  "allocate memory: you tried to allocate 4096 bytes"))),
-        "out_of_memory", "stop", 4, True, "num_workers"),
+        "out_of_memory", "stop", 6, True, "num_workers"),
     "killed, and Slurm knows why": (
         evidence(mute(3), nodes=KILLED, slurm_state="OUT_OF_MEMORY"),
-        "out_of_memory", "stop", 4, True, "rank 3 on n2 was killed"),
+        "out_of_memory", "stop", 6, True, "rank 3 on n2 was killed"),
     "killed, and a log knows why": (
         evidence(mute(3), nodes=KILLED, tails={3: "slurmstepd: error: Detected 1 oom_kill event in StepId=12.0."}),
-        "out_of_memory", "stop", 4, True, "oom_kill"),
+        "out_of_memory", "stop", 6, True, "oom_kill"),
     "killed, and nobody knows why": (
         evidence(mute(3), nodes=KILLED), "failed", "retry", 4, True, "No word from rank 3 on n2: killed by SIGKILL"),
     "137 of a node's only rank": (

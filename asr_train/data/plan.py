@@ -103,6 +103,14 @@ class Plan:
             digest.update(np.ascontiguousarray(getattr(self._shapes, name)).data)
         return digest.hexdigest()
 
+    @property
+    def unit_shapes(self) -> list[tuple[int, int]]:
+        """(utterances, padded samples) of units, each once; with order `random` all count as padded to the longest."""
+        shapes = self._shapes
+        longest = shapes.padded_samples if self.settings.order != "random" else shapes.lengths[-1:]
+        pairs = np.stack(np.broadcast_arrays(shapes.num_utterances, longest), axis=1)
+        return [(int(count), int(samples)) for count, samples in np.unique(pairs, axis=0)]
+
     def num_units_in(self, epoch: int, step_in_epoch: int) -> int:
         """Number of units of a step: `units_per_step` or, spread over all steps, less; they differ by at most one."""
         start, end = self._units_range(epoch, step_in_epoch)
