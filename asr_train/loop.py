@@ -86,8 +86,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
 
             # 4. Say what happened; stop if any rank was asked to.
             log.end_step(sums, num_utterances, {"epoch": epoch, "loss": sums.loss, "grad_norm": norm, "lr": lr})
-            if recipe.log.trained_ids:
-                log.write_trained_ids(epoch, done)
+            log.write_trained_ids(epoch, done)
             log.count_skip(done, is_applied=is_applied)
             saves.report()
             if sums.num_stops:

@@ -197,8 +197,10 @@ class TrainingLog:
             )
 
     def write_trained_ids(self, epoch: int, done: list[Done]) -> None:
-        """Write which utterances this rank trained on in this step."""
+        """Write which utterances this rank trained on in this step, where the recipe asks for it."""
         job, rank = self._job, self._job.parallel.rank
+        if not job.recipe.log.trained_ids:
+            return
         ids = [job.corpus.train.id(int(row)) for turn, rows, _ in done if turn.unit is not None for row in rows]
         line = {"attempt": job.attempt, "step": self._state.step, "epoch": epoch, "rank": rank, "ids": ids}
         append_jsonl(job.run.path / "trained_ids" / f"rank-{rank}.jsonl", line)
