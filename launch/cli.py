@@ -34,6 +34,7 @@ VERBS = {
     "sweep": Verb("launch.sweep:main", "a run for every combination of values, listed with their best WER"),
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
+    "watch": Verb("launch.watch:main", "trainings as they go on, here or on a cluster, from their files"),
     "why": Verb("launch.status:why", "why the last attempt of a run ended, with the evidence"),
     "logs": Verb("launch.logs:main", "what the ranks of a run wrote, and which failed first"),
     "stop": Verb("launch.requests:stop", "have a training save and stop"),

@@ -17,6 +17,7 @@ from asr_train import checkpoints, lock
 from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
+from asr_train.run_ledger import read_run_ledger
 from launch import slurm, then
 from launch.collect import judged
 from launch.evidence import where
@@ -27,6 +28,7 @@ from launch.submit import submissions
 
 _REQUEUE_S = 180.0  # for a job to be back in the queue; it takes longer the longer Slurm's KillWait is
 _POLL_S = 1.0
+_STRAGGLER = 0.1  # a tenth slower than the median rank is worth a word
 
 
 def status(argv: Sequence[str]) -> int:
@@ -138,11 +140,11 @@ def _cancel(run: RunDir, job_id: str) -> None:
         slurm.cancel(job_id)
 
 
-def describe(run: RunDir) -> dict[str, Any]:
-    """What is known of a run, as plain values."""
+def describe(run: RunDir, *, ask_slurm: bool = True) -> dict[str, Any]:
+    """What is known of a run, as plain values; without Slurm's word, from its files alone."""
     jobs = submissions(run)
     slurm_state, problem = None, None
-    if jobs:
+    if jobs and ask_slurm:
         try:
             slurm_state = slurm.job_state(jobs[-1].job_id)
         except SlurmError as error:
@@ -155,6 +157,7 @@ def describe(run: RunDir) -> dict[str, Any]:
     max_steps = begun[-1]["max_steps"] if begun else None
     left_s = (max_steps - last["step"]) * last["step_time_s"] if max_steps and last else None
     saved = checkpoints.whole(run.checkpoints)
+    spent = read_run_ledger(run)
     return {
         "name": run.path.name,
         "state": _state(run, slurm_state),
@@ -168,11 +171,21 @@ def describe(run: RunDir) -> dict[str, Any]:
         "loss": last.get("loss"),
         "wer": scores,
         "audio_s_per_s": last.get("audio_s_per_s"),
+        "memory_bytes": last.get("memory_bytes"),
         "left_s": left_s,
+        "ledger": {} if spent is None else spent.shares,
+        "stragglers": {} if spent is None else _stragglers(spent.attempts[-1].ranks),
         "checkpoint": saved[-1].name if saved else None,
         "then": then.shown(run),
         "starts": _starts(run),
         "slurm_problem": problem,
+    }
+
+
+def _stragglers(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Rank and host -> how much longer than the median rank it works on the same; those that matter."""
+    return {
+        f"rank {rank['rank']} ({rank['host']})": rank["straggler"] for rank in ranks if rank["straggler"] > _STRAGGLER
     }
 
 

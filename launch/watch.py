@@ -1,0 +1,130 @@
+"""`wavefleet watch [RUN ...]`: trainings as they go on, here or on a cluster, from their files alone.
+
+On a terminal a table that renews itself; elsewhere a line for each run whenever it has changed.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from asr_train.errors import EXIT_DONE
+from asr_train.run_dir import RunDir
+from launch.runs import open_run
+from launch.status import describe
+
+_OVER = ("done", "failed", "stopped", "ended")
+_NUM_SHARES = 4  # parts of the ledger that a line has room for
+_BAR_WIDTH = 24
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show runs until they are over, or until Ctrl-C; a folder is watched until Ctrl-C."""
+    options = _parser().parse_args(argv)
+    named = [open_run(name) for name in options.runs]
+    console = Console()
+
+    def look() -> list[dict[str, Any]]:
+        runs = named or [RunDir(path.parent) for path in sorted(Path(options.folder).glob("*/run.json"))]
+        return [describe(run, ask_slurm=False) for run in runs]
+
+    def is_over(found: Sequence[Mapping[str, Any]]) -> bool:
+        return options.once or (bool(named) and all(row["state"] in _OVER for row in found))
+
+    try:
+        if console.is_terminal:
+            _live(console, look, is_over, options.interval)
+        else:
+            _plain(look, is_over, options.interval)
+    except KeyboardInterrupt:
+        pass
+    return EXIT_DONE
+
+
+def _live(console: Console, look: Any, is_over: Any, interval_s: float) -> None:
+    """One table that renews itself."""
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            found = look()
+            live.update(table(found), refresh=True)
+            if is_over(found):
+                return
+            time.sleep(interval_s)
+
+
+def _plain(look: Any, is_over: Any, interval_s: float) -> None:
+    """A line for each run that has changed since it was last printed."""
+    shown: dict[str, str] = {}
+    while True:
+        found = look()
+        for row in found:
+            line = plain(row)
+            if shown.get(row["name"]) != line:
+                print(line, flush=True)
+                shown[row["name"]] = line
+        if is_over(found):
+            return
+        time.sleep(interval_s)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """All runs as a table with bars."""
+    headers = ("run", "state", "", *list(_COLUMNS.values())[:-1], "where the time went")
+    shown = Table(*headers, box=None, pad_edge=False, header_style="dim")
+    for row in found:
+        bar = ProgressBar(total=row["max_steps"] or 1, completed=row["step"], width=_BAR_WIDTH)
+        cells = _cells(row)
+        shown.add_row(cells["name"], cells["state"], bar, *[cells[key] for key in _COLUMNS])
+    return shown
+
+
+def plain(row: Mapping[str, Any]) -> str:
+    """One run as a line; what is not known yet is left out."""
+    cells = _cells(row)
+    shown = "".join(f"  {word} {cells[key]}" for key, word in _COLUMNS.items() if cells[key])
+    return f"{cells['name']}  {cells['state']}{shown}"
+
+
+_COLUMNS = {
+    "step": "step", "loss": "loss", "wer": "WER", "audio_s_per_s": "audio-s/s", "memory": "memory", "left": "left",
+    "ledger": "time:",
+}  # fmt: skip
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """What is shown of a run, as text."""
+    shares = sorted(row["ledger"].items(), key=lambda item: -item[1])[:_NUM_SHARES]
+    late = [f"{name} is {score:.0%} slower" for name, score in row["stragglers"].items()]
+    return {
+        "name": str(row["name"]),
+        "state": str(row["state"]),
+        "step": f"{row['step']}/{row['max_steps']}" if row["max_steps"] else str(row["step"]),
+        "loss": "" if row["loss"] is None else f"{row['loss']:.4g}",
+        "wer": ", ".join(f"{name} {wer:.2%}" for name, wer in row["wer"].items()),
+        "audio_s_per_s": "" if row["audio_s_per_s"] is None else f"{row['audio_s_per_s']:,.0f}",
+        "memory": "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f} GB",
+        "left": "" if row["left_s"] is None or row["state"] in _OVER else _duration(row["left_s"]),
+        "ledger": ", ".join([f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares] + late),
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wavefleet watch", description="Trainings as they go on, from their files.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run directories, or names in runs/; all by default")
+    parser.add_argument("--folder", default="runs", help="the folder that all runs are in (%(default)s)")
+    parser.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="look once")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
