@@ -17,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from slurm_conf import NODES, SETTINGS, free_ports, write_files
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+WAVEFLEET = [sys.executable, "-m", "launch.cli"]
+ROOT = Path(__file__).resolve().parent.parent
 START_S = 30.0  # a loaded machine; a free one needs half a second
 _NOISE = r"mpi/|MPI:|Unauthorized credential|Node configuration differs"
 _UNUSABLE = ("DOWN", "DRAIN", "FAIL")
@@ -124,6 +127,18 @@ class SlurmCluster:
     def run(self, *command: str, timeout: float = 60.0) -> str:
         """The output of a Slurm command; `CommandError` with its message when it fails."""
         return self._checked(*command, timeout=timeout)
+
+    def wavefleet(
+        self, *arguments: object, code: int = 0, cwd: Path = ROOT, environ: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        """What our own command prints and says on this cluster; fails where it ends with another code."""
+        environ = {**self.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
+        done = subprocess.run(
+            [*WAVEFLEET, *map(str, arguments)], env=environ, cwd=cwd, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done
 
     def submit(self, *arguments: str) -> str:
         """The id of a new batch job; output goes to `output(job)` unless the arguments name another."""

@@ -2,11 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,13 +16,13 @@ from asr_train.files import read_json, read_jsonl
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir
 from asr_train.train import train
+from launch.submit import submissions
 
-WAVEFLEET = [sys.executable, "-m", "launch.cli"]
 WAIT_S = 300  # for what takes a minute at most on a machine that has nothing else to do
 
 
 class Survivor:
-    """One run; `cluster` is a `SlurmCluster`, `profile` a file."""
+    """One run; `cluster` is a `SlurmCluster`, `profile` a file; both None for a run of this machine."""
 
     def __init__(self, cluster, profile, recipe):
         self.cluster, self.profile, self.recipe = cluster, profile, recipe
@@ -36,18 +34,19 @@ class Survivor:
 
     # What a user does
 
-    def wavefleet(self, *arguments, code=0):
+    @property
+    def submission(self):
+        """The words of the command that submits it."""
+        return ("submit", self.recipe_file, "--cluster", self.profile)
+
+    def wavefleet(self, *arguments, code=0, environ=None):
         """What a command prints, and says."""
-        environ = {**self.cluster.environ, "PYTHONPATH": str(Path.cwd())}
-        done = subprocess.run(
-            [*WAVEFLEET, *map(str, arguments)], env=environ, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == code, done.stderr
+        done = self.cluster.wavefleet(*arguments, code=code, environ=environ)
         return done.stdout if "--json" in arguments else done.stdout + done.stderr
 
     def submit(self, *arguments):
-        self.wavefleet("submit", self.recipe_file, "--cluster", self.profile, *arguments)
-        return self.status()["job_id"]
+        self.wavefleet(*self.submission, *arguments)
+        return submissions(self.run)[-1].job_id
 
     def status(self):
         return json.loads(self.wavefleet("status", self.path, "--json"))
@@ -63,7 +62,7 @@ class Survivor:
 
     # What happens
 
-    def until(self, condition, timeout_s=WAIT_S):
+    def until(self, condition, timeout_s=WAIT_S, poll_s=0.2):
         """What a condition gives, once it is true."""
         end = time.monotonic() + timeout_s
         while not (found := condition()):
@@ -71,8 +70,9 @@ class Survivor:
                 logs = "".join(
                     f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.path.glob("slurm/*_log.*")
                 )
-                raise AssertionError(f"{self.status()}\n{self.verdicts()}\n{self.cluster.run('squeue')}\n{logs}")
-            time.sleep(0.2)
+                queue = self.cluster and self.cluster.run("squeue")
+                raise AssertionError(f"{self.path}\n{self.verdicts()}\n{queue}\n{logs}")
+            time.sleep(poll_s)
         return found
 
     def soon(self, condition):
@@ -119,11 +119,21 @@ class Survivor:
 
     def rank(self, number):
         """A rank's process."""
-        for pid in self.agents().values():
-            for process in psutil.Process(pid).children(recursive=True):
-                if process.environ().get("RANK") == str(number):
-                    return process
-        raise AssertionError(f"no rank {number}")
+        return rank_below(self.agents().values(), number)
+
+    @contextmanager
+    def paused(self):
+        """Nothing is trained meanwhile: as many ranks as there are agents stand still."""
+        ranks = [self.rank(number) for number in self.agents()]
+        for process in ranks:
+            process.suspend()
+        yield
+        for process in ranks:
+            process.resume()
+
+    def is_asked_to_stop(self):
+        """Whether its ranks will find the request, once they look."""
+        return (self.run.control / "stop").exists()
 
     def signal_agents(self, number):
         for pid in self.agents().values():
@@ -158,6 +168,16 @@ class Survivor:
         assert set(seen.values()) == {1}
 
 
+def rank_below(pids, number):
+    """The process of a rank that one of these has started."""
+    for pid in pids:
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.environ().get("RANK") == str(number):
+                    return process
+    raise AssertionError(f"no rank {number}")
+
+
 # Fixtures, for those who import them
 
 STEPS = 100
@@ -183,11 +203,20 @@ def recipe(tiny_recipe, tiny_corpus):
     return make
 
 
+_REFERENCES = {}  # of all modules that import the fixtures
+
+
 @pytest.fixture(scope="module")
 def reference(recipe, tmp_path_factory):
     """A function: number of steps -> a run of so many that nothing happened to."""
 
     def make(max_steps=STEPS, **changes):
+        key = repr((max_steps, changes))
+        if key not in _REFERENCES:
+            _REFERENCES[key] = made(max_steps, changes)
+        return _REFERENCES[key]
+
+    def made(max_steps, changes):
         folder = tmp_path_factory.mktemp("reference") / "run"
         whole = recipe(folder, **{"max_steps": max_steps, "checkpoint": {"every": None}, **changes})
         assert run_ranks(2, train, whole, timeout_s=600) == [0, 0]

@@ -2,9 +2,8 @@
 
 import json
 import stat
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from asr_train.data.corpus import Corpus
 from asr_train.files import read_json, read_jsonl
 from asr_train.prepare import prepare
 from asr_train.recipe import dump_recipe
-
-WAVEFLEET = [sys.executable, "-m", "launch.cli"]
-ROOT = Path(__file__).resolve().parent.parent
+from asr_train.run_dir import RunDir
+from launch.then import describe
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +30,7 @@ def profile(tmp_path_factory):
 @pytest.fixture
 def wavefleet(slurm, tmp_path):
     """The command, in a folder of its own."""
-
-    def run(*arguments, code=0):
-        done = subprocess.run(
-            [*WAVEFLEET, *map(str, arguments)], env={**slurm.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return done
-
-    return run
+    return partial(slurm.wavefleet, cwd=tmp_path)
 
 
 def wait_for(slurm, condition, folder, timeout_s=240):
@@ -123,11 +112,8 @@ def test_a_run_is_followed_and_scored_again_as_a_job(slurm, wavefleet, profile, 
     submit = ["submit", recipe_file, f"run_dir={run}", "max_steps=1", "--cluster", profile]
     wavefleet(*submit, "--then", "evaluate,export")
 
-    def followed():
-        found = json.loads(wavefleet("status", run, "--json").stdout)
-        return found["then"]["state"] not in ("waiting", "running") and found
-
-    found = wait_for(slurm, followed, run)
+    wait_for(slurm, lambda: describe(RunDir(run))["state"] not in ("waiting", "running"), run)
+    found = json.loads(wavefleet("status", run, "--json").stdout)
     assert (found["state"], found["then"]["state"]) == ("done", "done"), found
     assert (run / "export" / "config.json").exists()
     assert "rows scored" in (run / "then" / "evaluate.out").read_text()
@@ -145,11 +131,10 @@ def test_a_sweep_of_two_runs_is_listed_with_their_best_wer(slurm, wavefleet, pro
     rows = json.loads(wavefleet(*command, "--cluster", profile).stdout)
     assert len({row["job_id"] for row in rows}) == 2
 
-    def listed():
-        found = json.loads(wavefleet(*command, "--list").stdout)
-        return all(row["state"] == "done" for row in found) and found
-
-    found = wait_for(slurm, listed, tmp_path / "runs")
+    runs = [RunDir(Path(row["run"])) for row in rows]
+    wait_for(slurm, lambda: all(run.done.exists() for run in runs), tmp_path / "runs")
+    found = json.loads(wavefleet(*command, "--list").stdout)
+    assert [row["state"] for row in found] == ["done", "done"]
     for row in found:
         lines = read_jsonl(Path(row["run"]) / "metrics.jsonl")
         assert row["best_wer"] == min(line["wer"] for line in lines if line.get("set") == "dev")

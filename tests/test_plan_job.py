@@ -75,13 +75,7 @@ def no_slurm_of_this_machine(monkeypatch, tmp_path):
 
 
 def wavefleet(cluster, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
-        env={**cluster.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return cluster.wavefleet(*arguments).stdout
 
 
 # --- the batch text -----------------------------------------------------------------------------------------------
@@ -101,6 +95,7 @@ def test_a_dry_run_prints_the_golden_text(recipe, profile, folder, capsys):
 def test_a_name_may_be_given_to_the_run(verb, more, recipe, profile, tmp_path, capsys, monkeypatch):
     """Also one that would be read as a number."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan.slurm, "expected_start", lambda text: "")
     assert verb.main([recipe[0], "--cluster", profile(), "--name", "007", *more]) == 0
     said = capsys.readouterr().out
     assert "#SBATCH --job-name=007\n" in said

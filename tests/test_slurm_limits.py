@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from conftest import RATE, write_speech
 from safetensors.torch import save_file
-from slurm_cluster import SlurmCluster
+from slurm_cluster import WAVEFLEET, SlurmCluster
 from survivor import Survivor, expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 from test_runs import assert_close, losses
 
@@ -33,6 +33,9 @@ def test_the_time_limit_comes_twice_and_then_memory_is_short(survivor, reference
     run.trains(attempt=1)
     memory_kb = run.rank(0).memory_info().vms // 1024 + 2 * 2**20
     for attempt in (1, 2):
+        run.trains(attempt)
+        with run.paused():  # as in a long step: minutes of steps would have to be made once more to compare with
+            run.until(run.is_asked_to_stop)
         verdict = run.verdict(attempt)
         assert (verdict["kind"], verdict["action"]) == ("time_limit", "continue")
         assert (verdict["num_lost_steps"], verdict["exit_code"]) == (0, 3)
@@ -150,7 +153,7 @@ def test_without_submit(slurm, recipe, expected, tmp_path):
     """`salloc wavefleet train`, and the batch script for sites without submitit, which goes on in the same job."""
     short = Survivor(slurm, None, recipe(tmp_path / "short", max_steps=6))
     environ = {**slurm.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    train = [sys.executable, "-m", "launch.cli", "train"]
+    train = [*WAVEFLEET, "train"]
     done = subprocess.run(
         ["salloc", "--nodes=2", *train, short.recipe_file], env=environ, capture_output=True, text=True, check=False
     )

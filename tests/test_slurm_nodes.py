@@ -1,135 +1,84 @@
 """Bad nodes on a real Slurm: one that fails its check is excluded, and the run goes on elsewhere to its end."""
 
 import json
-import subprocess
-from collections import Counter
 
-import pytest
-from test_slurm_jobs import WAVEFLEET, losses, submitted, verdicts, wait_until, wavefleet
+from survivor import expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 
-from asr_train.files import read_jsonl
 from launch import exclusions
 
+# ruff: noqa: F811  their names as arguments
 
-@pytest.fixture
-def cluster(slurm):
-    return slurm
-
-
-@pytest.fixture
-def profile(tmp_path):
-    """A function: lines of YAML to add -> the path of a profile of two nodes."""
-
-    def make(*lines):
-        path = tmp_path / "small.yaml"
-        path.write_text(
-            "nodes: 2\ngpus_per_node: 0\ncpus_per_node: 1\ntime: 30\nsignal_lead_s: 30\nprocesses_per_node: 1\n"
-            f"shared: {tmp_path / 'shared'}\n"
-            "environment: {OMP_NUM_THREADS: 1, TOKENIZERS_PARALLELISM: 'false'}\n" + "\n".join(lines) + "\n"
-        )
-        return str(path)
-
-    return make
+ALL_BUT_N2 = 'test "$SLURMD_NODENAME" != n2 || { echo /scratch is not mounted; exit 1; }'
 
 
-@pytest.fixture
-def recipe_file(tiny_corpus, tiny_recipe_file):
-    changes = {"log.every": 1, "log.trained_ids": True, "num_workers": 0}
-    return str(tiny_recipe_file(max_steps=None, max_epochs=2, units_per_step=3, **changes))
+def preflight(line):
+    return f"cluster.preflight={json.dumps(line)}"
 
 
-def ids_by_step(folder):
-    """Step -> ids, of the ranks together."""
-    found = {}
-    for path in (folder / "trained_ids").glob("*.jsonl"):
-        for line in read_jsonl(path):
-            found.setdefault(line["step"], []).extend(line["ids"])
-    return found
+def excluded(run):
+    return json.loads(run.wavefleet("nodes", "--cluster", run.profile, "--json"))
 
 
-def excluded(cluster, profile):
-    return json.loads(wavefleet(cluster, "nodes", "--cluster", profile, "--json").stdout)
+def expanded(run, job):
+    return run.cluster.run("scontrol", "show", "hostnames", run.cluster.job(job)["NodeList"]).split()
 
 
-def test_a_node_that_always_fails_its_check_is_excluded_and_the_run_goes_on_elsewhere(
-    cluster, profile, recipe_file, tiny_corpus, tmp_path
-):
+def test_a_node_that_always_fails_its_check_is_excluded_and_the_run_goes_on_elsewhere(survivor, expected, tmp_path):
     """The corpus is read from each node's own disk meanwhile, which is clean at the end."""
-    scratch = tmp_path / "scratch"
-    bad = profile(
-        "preflight: 'if [ \"$SLURMD_NODENAME\" = n2 ]; then echo /scratch is not mounted; exit 1; fi'",
-        f"stage_corpus_to: {scratch}",
-    )
-    folder = tmp_path / "run"
-    job = submitted(cluster, bad, recipe_file, folder)
-    found = wait_until(cluster, folder, lambda found: found["state"] == "done" and len(verdicts(folder)) == 2)
-    assert verdicts(folder) == ["preflight", "done"]
-    assert (found["job_id"], found["attempts"]) == (job, 1)
-    first = next(read_jsonl(folder / "verdicts.jsonl"))
-    assert first["hosts"] == ["n2"]
-    assert "/scratch is not mounted" in first["message"]
-    assert cluster.job(job)["ExcNodeList"] == "n2"
+    run, scratch = survivor(), tmp_path / "scratch"
+    job = run.submit(preflight(ALL_BUT_N2), f"cluster.stage_corpus_to={scratch}")
+    verdict = run.verdict(1)
+    assert (verdict["kind"], verdict["action"], verdict["hosts"]) == ("preflight", "continue", ["n2"])
+    assert "/scratch is not mounted" in verdict["message"]
+    run.until(lambda: run.cluster.job(job)["ExcNodeList"] == "n2")
 
     # What was learned is there for people and for other runs.
-    (row,) = excluded(cluster, bad)
-    assert (row["host"], row["run"], row["slurm"]) == ("n2", str(folder), "idle")
+    (row,) = excluded(run)
+    assert (row["host"], row["run"]) == ("n2", str(run.path))
     assert "/scratch is not mounted" in row["reason"]
-    other = submitted(cluster, bad, recipe_file, tmp_path / "other", "cluster.sbatch.begin=now+1hour")
-    assert cluster.job(other)["ExcNodeList"] == "n2"
-    wavefleet(cluster, "cancel", tmp_path / "other")
+    other = ["submit", run.recipe_file, f"run_dir={tmp_path / 'other'}", "cluster.sbatch.begin=now+1hour"]
+    run.wavefleet(*other, "--cluster", run.profile)
+    waiting = json.loads(run.wavefleet("status", tmp_path / "other", "--json"))["job_id"]
+    assert run.cluster.job(waiting)["ExcNodeList"] == "n2"
+    run.wavefleet("cancel", tmp_path / "other")
 
-    # The run is the uninterrupted one's, read from each node's own copy of the corpus.
-    local = [*WAVEFLEET, "train", recipe_file, f"run_dir={tmp_path / 'local'}", "--processes", "1"]
-    subprocess.run(local, check=True, capture_output=True)
-    expected = losses(tmp_path / "local")
-    assert set(losses(folder)) == set(expected)
-    for step, loss in losses(folder).items():
-        assert abs(loss - expected[step]) <= 1e-5 * abs(loss)
-    seen = Counter(name for names in ids_by_step(folder).values() for name in names)
-    assert set(seen.values()) == {2}  # epochs
-    assert len(seen) == len(tiny_corpus.train)
-    said = "".join(path.read_text() for path in (folder / "slurm").glob("*_log.err"))
-    said += "".join(path.read_text() for path in (folder / "logs").rglob("stderr.log"))
+    run.ends_as(expected)
+    found = run.status()
+    assert (found["job_id"], found["attempts"]) == (job, 1)  # nobody began on n2
+    assert [line["kind"] for line in run.verdicts()] == ["preflight", "done"]
+    said = "".join(path.read_text() for path in run.path.glob("slurm/*_log.err"))
+    said += "".join(path.read_text() for path in run.path.glob("logs/**/stderr.log"))
     for number in (0, 1):
-        assert f"/scratch/wavefleet-{json.loads((folder / 'run.json').read_text())['run_id']}-{number}/" in said
+        assert f"/scratch/wavefleet-{run.run.run_id}-{number}/" in said
     assert list(scratch.iterdir()) == []
 
 
-def test_what_is_wrong_on_all_nodes_stops_the_run(cluster, profile, recipe_file, tmp_path):
+def test_what_is_wrong_on_all_nodes_stops_the_run(survivor):
     """Excluding them would only have others fail, too."""
-    bad, folder = profile("preflight: 'echo the licence server is down; exit 1'"), tmp_path / "run"
-    submitted(cluster, bad, recipe_file, folder)
-    wait_until(cluster, folder, lambda _: verdicts(folder))
-    assert verdicts(folder) == ["preflight"]
-    verdict = next(read_jsonl(folder / "verdicts.jsonl"))
-    assert verdict["action"] == "stop"
+    run = survivor()
+    run.submit(preflight("echo the licence server is down; exit 1"))
+    verdict = run.verdict(1)
+    assert (verdict["kind"], verdict["action"]) == ("preflight", "stop")
     assert "the licence server is down" in verdict["message"]
-    assert excluded(cluster, bad) == []
+    assert excluded(run) == []
 
 
-def test_a_node_is_not_excluded_where_too_few_others_are_left(cluster, profile, recipe_file, tmp_path):
+def test_a_node_is_not_excluded_where_too_few_others_are_left(survivor, tmp_path):
     """The job would wait for ever."""
-    bad = profile("preflight: 'test \"$SLURMD_NODENAME\" != n2'")
-    folder = tmp_path / "run"
-    submitted(cluster, bad, recipe_file, folder, "allow_idle_ranks=true", "cluster.nodes=4")
-    wait_until(cluster, folder, lambda _: verdicts(folder))
-    verdict = next(read_jsonl(folder / "verdicts.jsonl"))
+    run = survivor()
+    run.submit(preflight(ALL_BUT_N2), "allow_idle_ranks=true", "--nodes", "4")
+    verdict = run.verdict(1)
     assert (verdict["kind"], verdict["action"], verdict["exclude_hosts"]) == ("preflight", "stop", [])
     assert "There is no other node to go on with" in verdict["message"]
-    assert exclusions.live(tmp_path / "shared" / "small") == []
+    assert exclusions.live(tmp_path / "learned" / "small") == []
 
 
-def test_a_successor_is_kept_off_the_node_too(cluster, profile, recipe_file, tmp_path):
+def test_a_successor_is_kept_off_the_node_too(survivor):
     """Where another job goes on in place of the same one."""
-    bad = profile("preflight: 'test \"$SLURMD_NODENAME\" != n2'", "continuation: successor")
-    folder = tmp_path / "run"
-    job = submitted(cluster, bad, recipe_file, folder)
-    successor = wait_until(cluster, folder, lambda found: found["job_id"] != job)["job_id"]
-    assert cluster.job(successor)["ExcNodeList"] == "n2"
-    wait_until(cluster, folder, lambda found: found["state"] == "running")
-    assert "n2" not in expanded(cluster, successor)
-    wavefleet(cluster, "cancel", folder)
-
-
-def expanded(cluster, job):
-    return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+    run = survivor()
+    job = run.submit(preflight(ALL_BUT_N2), "cluster.continuation=successor")
+    successor = run.until(lambda: next((path.stem for path in run.path.glob("jobs/*.json") if path.stem != job), None))
+    assert run.cluster.job(successor)["ExcNodeList"] == "n2"
+    run.cluster.wait_for(successor, "RUNNING")
+    assert "n2" not in expanded(run, successor)
+    run.wavefleet("cancel", run.path)
