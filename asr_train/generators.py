@@ -1,4 +1,4 @@
-"""Random generators of a process, as JSON: for what no unit seeds."""
+"""Random generators of a process: seeded for each unit, and as JSON for what no unit seeds."""
 
 import base64
 import random
@@ -6,6 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def seed(number: int, device: torch.device) -> None:
+    """Seed torch's generators of the host and of this process's device, with what `torch.manual_seed` gives them.
+
+    That one notes where it was called from, with all source lines, once for each kind of device that is not in use;
+    it is called for every unit.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type != "cpu":
+        torch.manual_seed(number)
 
 
 def current() -> dict[str, Any]:

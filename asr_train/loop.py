@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from asr_train import generators
 from asr_train.config import Recipe
 from asr_train.data.batch import Batch, input_values
 from asr_train.data.loader import RankTurns, Turn, open_loader
@@ -181,7 +182,7 @@ class _Saves:
 def _forward(job: Job, turn: Turn, batch: Batch, totals: torch.Tensor, num_utterances: int) -> torch.Tensor:
     """Forward and backward of one unit; adds its share of the step's loss to `totals`, returns its losses [B]."""
     parallel = job.parallel
-    torch.manual_seed(batch.seed)
+    generators.seed(batch.seed, parallel.device)
     with parallel.unit(is_last=turn.is_last):
         with parallel.accelerator.autocast():  # FSDP2 has none of its own here, see `strategy.prepare`
             logits = parallel.model(
