@@ -145,6 +145,8 @@ def _in_a_process(function: Callable[..., Any], *arguments: Any) -> dict[str, An
     receiving, sending = context.Pipe(duplex=False)
 
     def work() -> None:
+        if sides.device_name() is None:
+            sides.torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes
         try:
             found = {"value": function(*arguments), "failed": None}
         except BaseException as error:  # a benchmark goes on with the next one, and shows this

@@ -284,7 +284,8 @@ def train_guide(
     recipe = decode_recipe({**corpus_values, "model": {"config": SHAPES[shape]}})
     corpus = prepare(recipe, progress=False)
     processor: Any = Wav2Vec2Processor.from_pretrained(corpus.processor_dir)
-    chosen = list(range(min(GUIDE_UTTERANCES, len(corpus.train))))
+    steps_per_epoch = min(GUIDE_UTTERANCES, len(corpus.train)) // (GUIDE_BATCH * GUIDE_ACCUMULATION)
+    chosen = list(range(steps_per_epoch * GUIDE_BATCH * GUIDE_ACCUMULATION))
 
     def encoded(entry: dict[str, Any]) -> Any:
         samples = corpus.train.waveform(entry["row"]).astype(np.float32) / 32768
@@ -295,7 +296,6 @@ def train_guide(
     rows: Any = datasets.Dataset.from_dict({"row": chosen}).map(encoded, remove_columns=["row"])
     config = load_model_config(recipe.model, vocabulary=corpus.vocabulary)
     config.ctc_loss_reduction, config.ctc_zero_infinity, config.layerdrop = "mean", True, 0.0
-    steps_per_epoch = len(chosen) // (GUIDE_BATCH * GUIDE_ACCUMULATION)
     times = _Times()
     is_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(

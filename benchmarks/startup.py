@@ -137,7 +137,7 @@ def train(rounds: int, folder: Path, *, is_smoke: bool) -> dict[str, Any]:
     The corpus is prepared before; the first round is not counted, but for a smoke run's.
     """
     recipe = _training_recipe(folder, {"config": TINY_SHAPE} if is_smoke else {})
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(os.cpu_count())}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ways = {"wavefleet train": TRAININGS["wavefleet train"]} if is_smoke else TRAININGS
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     stages: dict[str, list[float]] = {}
