@@ -106,12 +106,17 @@ def test_faults_are_done_to_both_and_ours_loses_nothing(tmp_path):
 
 def test_startup_starts_every_command_and_leaves_nothing(tmp_path):
     out = tmp_path / "startup.json"
-    done = run("startup.py", "--rounds", 1, "--out", out)
+    done = run("startup.py", "--smoke", "--out", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
+    (trained,) = result["training"]["ways"]
+    stages = {entry["stage"]: entry["seconds"]["median"] for entry in result["training"]["stages"]}
+    assert {"import torch", "model: built", "first step"} <= stages.keys()
+    assert all(seconds > 0 for seconds in stages.values())
+    assert trained["first_step_s"]["median"] > stages["first step"]
     assert all(len(timed[measure]["runs"]) == 1 for timed in result["commands"].values() for measure in timed)
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert rows == ["command", *result["commands"]]
+    assert rows[: 1 + len(result["commands"])] == ["command", *result["commands"]]
     assert {"wavefleet --help", "wavefleet submit --dry-run"} <= set(rows)
     assert list(tmp_path.iterdir()) == [out]
     check_committed("startup", result)

@@ -1,0 +1,79 @@
+"""`benchmarks/gpu.py` without a GPU: every part runs, with a tiny model, nothing is judged; and the computed limits."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_benchmarks import check_committed, load, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return load("gpu")
+
+
+def test_every_part_runs_without_a_gpu_and_its_bars_stay_open(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = run("gpu.py", "--smoke", "--out", out, "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["device"], result["smoke"]) == (None, True)
+    assert list(tmp_path.iterdir()) == [out]
+    for name, part in result["parts"].items():
+        for row in part["rows"]:
+            assert row["failed"] == ("ModelError: cuDNN does not take this" if row.get("backend") == "cudnn" else None)
+            assert row.get("audio_s_per_s", 1), name
+    plain, compiled = result["parts"]["compile"]["rows"]
+    assert compiled["compile"]
+    assert compiled["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-2)
+    assert compiled["steps_seen"] + compiled["steps_unseen"] == 2
+    assert [bar["met"] for bar in result["bars"]] == [None] * 3
+    assert done.stdout.count(": open") == 3
+    check_committed("gpu", result)
+
+
+def test_a_part_that_is_measured_later_joins_those_that_were(gpu, tmp_path, monkeypatch, capsys):
+    """And one that fails says why, in its row."""
+    failed = {"shape": "base", "precision": "bf16", "checkpointing": False, "failed": "OutOfMemoryError: | no more"}
+    monkeypatch.setattr(gpu, "PARTS", {"models": lambda bench: [failed], "ctc": lambda bench: []})
+    monkeypatch.setattr(gpu, "Bench", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "_in_a_process", lambda function: {"value": None})
+    out = tmp_path / "gpu.json"
+    for part in ("models", "ctc"):
+        assert gpu.main(["--part", part, "--out", str(out)]) == 0
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["models"]["rows"] == [failed]
+    assert parts["ctc"]["rows"] == []
+    assert "OutOfMemoryError: / no more" in capsys.readouterr().out
+
+
+def test_bars_are_judged_on_the_gpu_that_they_are_for_and_nowhere_else(gpu):
+    def result(device, base, ours):
+        models = [
+            {"shape": shape, "audio_s_per_s": rate, "failed": None} for shape, rate in (("base", base), ("large", 1.0))
+        ]
+        rates = {"ours, the guide's batch": ours, "Trainer, the guide as written": 100.0}
+        ways = [{"way": way, "audio_s_per_s": {"median": rate}} for way, rate in rates.items()]
+        parts = {"models": {"rows": models}, "trainer": {"rows": ways}}
+        return {"smoke": False, "device": device, "parts": parts}
+
+    h200 = {"name": "NVIDIA H200"}
+    assert [bar["met"] for bar in gpu.bars(result(h200, 10_000.0, 200.0))] == [True, False, True]
+    assert [bar["met"] for bar in gpu.bars(result(h200, 9_999.0, 199.0))] == [False, False, False]
+    assert [bar["met"] for bar in gpu.bars(result({"name": "NVIDIA A100"}, 1e6, 1e6))] == [None] * 3
+    assert [bar["met"] for bar in gpu.bars(result(None, 1e6, 1e6))] == [None] * 3
+
+
+def test_busy_time_counts_kernels_that_overlap_once(gpu):
+    assert gpu.sides.busy_us([(0, 4), (1, 2), (3, 6), (10, 11)]) == 7
+
+
+def test_the_documented_limits_are_those_of_the_flop_count():
+    limits = load("limits")
+    assert limits.render() in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    base = limits.rows()[0]
+    assert base["gigaflops"] == pytest.approx(36, rel=0.01)  # computed by hand before the module was written
+    assert base["limits"]["A100"] == pytest.approx(312_000 / 36, rel=0.01)
+    assert base["expected_share"] == pytest.approx(10_000 * 36 / 788_000, rel=0.01)
