@@ -15,6 +15,13 @@ EXIT_USAGE = 2  # the command line or the recipe
 EXIT_STOPPED = 3  # stopped on request, with a committed checkpoint
 EXIT_FAILED = 4
 EXIT_NO_CHECKPOINT = 5  # checkpoints exist, none can be used
+EXIT_MEANINGS = {
+    EXIT_DONE: "done",
+    EXIT_USAGE: "the command line or the recipe is wrong, or another live training has the run",
+    EXIT_STOPPED: "stopped on request, with a committed checkpoint",
+    EXIT_FAILED: "failed",
+    EXIT_NO_CHECKPOINT: "there are checkpoints, and none can be used",
+}
 
 
 class WavefleetError(Exception):
