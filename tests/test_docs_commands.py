@@ -268,7 +268,7 @@ def test_commands_for_a_cluster(cluster, block):
 
 
 def wait_until_it_makes_sense(world, command, timeout_s=90):
-    """A training is read or stopped once it makes steps, scored once it has saved, explained or gone on with once over."""
+    """A training is read or stopped once it makes steps, scored once it has saved, explained once it is over."""
     verb = command.words[1]
     found = list((world / "runs").glob("minds14-????????"))
     waited_for = {"logs": "steps", "save": "steps", "stop": "steps", "why": "end", "submit": "end", "evaluate": "save"}
