@@ -31,6 +31,7 @@ import yaml
 from conftest import RATE, TINY_MODEL, speech, write_jsonl, write_speech
 from pages import COMMAND_PAGES, ROOT, blocks, commands
 from ranks import _forget_accelerate_state
+from slurm_conf import NODES
 
 import launch.child
 import launch.local
@@ -199,20 +200,20 @@ def cluster(slurm_session, tmp_path_factory, data, corpora):
 # --- the commands -----------------------------------------------------------------------------------------------
 
 
-def with_run(world, text):
-    """The name of a run in a page, `runs/mine-1a2b3c4d`, as it is here."""
+def with_names(world, text):
+    """The names of runs in a page, `runs/mine-1a2b3c4d`, and of its one node, as they are here."""
 
     def here(found):
         paths = sorted((world / "runs").glob(f"{found[1]}-????????"), key=lambda path: path.stat().st_mtime)
         assert paths, f"no run {found[1]} yet: a command before this one should make it"
         return f"runs/{paths[0].name}"
 
-    return re.sub(r"runs/([\w.]+)-[0-9a-f]{8}\b", here, text)
+    return re.sub(r"runs/([\w.]+)-[0-9a-f]{8}\b", here, text).replace("node017", NODES[-1])
 
 
 def run(world, command, environ=None):
     """Run a command of a page; its output."""
-    text = with_run(world, command.text)
+    text = with_names(world, command.text)
     words = re.sub(r"\s+", " ", text).split(" ")
     if words[0] == "wavefleet":
         code, out = forked(lambda: cli.main(type(command)(text, None).words[1:]), world, environ)
@@ -246,7 +247,7 @@ def test_commands_for_one_machine(machine, block):
         if command.not_run is None and not seen[command.text]:  # the same command on another page is the same
             seen[command.text] += 1
             if "--processes" in command.words or command.words[0] == "accelerate":  # from its beginning, not "done"
-                shutil.rmtree(machine / with_run(machine, "runs/minds14-1a2b3c4d"))
+                shutil.rmtree(machine / with_names(machine, "runs/minds14-1a2b3c4d"))
             run(machine, command)
 
 
@@ -260,22 +261,22 @@ def test_commands_for_a_cluster(cluster, block):
     try:
         for command in commands(block):
             if command.not_run is None:
-                wait_until_it_makes_sense(world, command)
+                wait_until_it_makes_sense(cluster, command)
                 assert run(world, command, environ).strip(), command.text
     finally:
         cluster.cancel_all()
         shutil.rmtree(world / "runs", ignore_errors=True)
 
 
-def wait_until_it_makes_sense(world, command, timeout_s=90):
+def wait_until_it_makes_sense(cluster, command, timeout_s=90):
     """A training is read or stopped once it makes steps, scored once it has saved, explained once it is over."""
     verb = command.words[1]
-    found = list((world / "runs").glob("minds14-????????"))
+    found = list((cluster.world / "runs").glob("minds14-????????"))
     waited_for = {"logs": "steps", "save": "steps", "stop": "steps", "why": "end", "submit": "end", "evaluate": "save"}
     if not found or verb not in waited_for:
         return
     until = time.monotonic() + timeout_s
-    while not has(found[0], waited_for[verb]):
+    while not has(found[0], waited_for[verb]) or (verb == "submit" and cluster.run("squeue", "--noheader").strip()):
         assert time.monotonic() < until, f"{command.text}: {sorted(found[0].iterdir())}"
         time.sleep(0.5)
 
