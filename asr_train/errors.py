@@ -15,13 +15,6 @@ EXIT_USAGE = 2  # the command line or the recipe
 EXIT_STOPPED = 3  # stopped on request, with a committed checkpoint
 EXIT_FAILED = 4
 EXIT_NO_CHECKPOINT = 5  # checkpoints exist, none can be used
-EXIT_MEANINGS = {
-    EXIT_DONE: "done",
-    EXIT_USAGE: "the command line or the recipe is wrong, or another live training has the run",
-    EXIT_STOPPED: "stopped on request, with a committed checkpoint",
-    EXIT_FAILED: "failed",
-    EXIT_NO_CHECKPOINT: "there are checkpoints, and none can be used",
-}
 
 
 class WavefleetError(Exception):
@@ -66,6 +59,15 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  open to the end
+
+
+EXIT_MEANINGS = {  # for the reference of all verbs
+    EXIT_DONE: "done",
+    EXIT_USAGE: "the command line or the recipe is wrong, or another live training has the run",
+    EXIT_STOPPED: "stopped on request, with a committed checkpoint",
+    EXIT_FAILED: "failed",
+    EXIT_NO_CHECKPOINT: "there are checkpoints, and none can be used",
+}
 
 
 def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pages import COMMAND_PAGES, PAGES, ROOT, blocks, commands, links
 
-from asr_train import resources
+from asr_train import errors, resources
 from asr_train.data.audio import MISSING_FILE
 from asr_train.recipe import load_recipe, walk
 from launch import cli, local, plan, prepare_array, submit, sweep
@@ -142,6 +142,11 @@ def test_the_reference_has_every_field_and_every_verb(generate):
     assert "| `optim.betas` | number from 0 to 1, number from 0 to 1 | `[0.9, 0.98]` |" in pages["recipe.md"]
     assert re.findall(r"^## (\w+)$", pages["verbs.md"], re.MULTILINE) == list(cli.VERBS)
     assert "| `--processes N` | processes on this machine, or on each node |" in pages["verbs.md"]
+
+
+def test_every_exit_code_has_a_meaning():
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_") and isinstance(value, int)}
+    assert set(errors.EXIT_MEANINGS) == codes
 
 
 def test_a_page_that_is_not_what_the_code_says_is_told(generate, tmp_path, monkeypatch, capsys):
