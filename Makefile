@@ -13,7 +13,7 @@ SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
 TRACE_PACKAGES := strace
 
-.PHONY: demo test test-exhaustive lint clean
+.PHONY: demo test test-exhaustive lint docs clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
@@ -30,6 +30,12 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/, into build/docs/html. What follows from the code is written first; a dead link ends it.
+docs: $(VENV)/docs.installed
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html -c docs . build/docs/html
+	@echo build/docs/html/index.html
 
 # torch first and alone, at the tested version: pip would take the newest, whose CUDA libraries nobody asked for.
 $(VENV)/%.installed: pyproject.toml constraints.txt

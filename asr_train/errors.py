@@ -68,6 +68,15 @@ def say(text: str) -> None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  open to the end
 
 
+EXIT_MEANINGS = {  # for the reference of all verbs
+    EXIT_DONE: "done",
+    EXIT_USAGE: "the command line or the recipe is wrong, or another live training has the run",
+    EXIT_STOPPED: "stopped on request, with a committed checkpoint",
+    EXIT_FAILED: "failed",
+    EXIT_NO_CHECKPOINT: "there are checkpoints, and none can be used",
+}
+
+
 def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's main function; a `WavefleetError` or an `OSError` becomes its message and its exit code.
 
