@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from asr_train import checkpoints, strategy
 from asr_train.checkpoint import Ranks, Saver
@@ -27,6 +28,7 @@ from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
 from asr_train.loop import Job, fit
 from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
+from asr_train.model_config import load_model_config
 from asr_train.optim import build_optimizer
 from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
@@ -135,9 +137,7 @@ def _attempt(
     # 3. Processes, plan, optimizer.
     accelerator = strategy.make_accelerator(recipe, str(run.path / "trackers"))
     attempt[:] = _from_rank_0(attempt)
-    is_frozen = recipe.model.freeze_feature_encoder
-    quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
-    plan = _make_plan(recipe, corpus, quadratic)
+    plan = _make_plan(recipe, corpus, model.hf.config)
     parallel = strategy.prepare(accelerator, model, build_optimizer(model, recipe.optim), recipe)
     create_state(parallel)
     facts = _facts(recipe, run, corpus, plan, parallel, attempt[0])
@@ -243,13 +243,19 @@ def _device_name(parallel: Parallel) -> str:
     return torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "cpu"
 
 
-def _make_plan(recipe: Recipe, corpus: Corpus, quadratic: float) -> Plan:
+def plan_of(recipe: Recipe, corpus: Corpus) -> Plan:
+    """The plan that a training of this recipe follows."""
+    return _make_plan(recipe, corpus, load_model_config(recipe.model, recipe.trust_remote_code, corpus.vocabulary))
+
+
+def _make_plan(recipe: Recipe, corpus: Corpus, config: PretrainedConfig) -> Plan:
+    is_frozen = recipe.model.freeze_feature_encoder
     settings = PlanSettings(
         unit_audio_s=recipe.unit_audio_s,
         unit_utterances=recipe.unit_utterances,
         units_per_step=recipe.units_per_step,
         order=recipe.order,
-        quadratic=quadratic,
+        quadratic=quadratic_share(config.to_dict(), feature_encoder_frozen=is_frozen),
         stride_samples=corpus.geometry.stride_samples,
     )
     return Plan(corpus.train.index, settings, recipe.seed)
