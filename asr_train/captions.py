@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Final
 
 from asr_train.data.text import Vocabulary
+
+FORMATS: Final = ("text", "jsonl", "srt", "vtt")
+"""What a transcript can be written as."""
 
 # A caption is at most two lines of 42 characters and 7 s long: the usual limits of broadcasters and streaming services.
 _LINE_CHARACTERS = 42

@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from asr_train.disk import is_full, no_room
+from asr_train.verbosity import is_quiet, taken
+
 EXIT_DONE = 0
 EXIT_USAGE = 2  # the command line or the recipe
 EXIT_STOPPED = 3  # stopped on request, with a committed checkpoint
@@ -28,6 +31,10 @@ class RecipeError(WavefleetError, ValueError):
     """The recipe or the command line is wrong; lists every error at once."""
 
     exit_code = EXIT_USAGE
+
+
+class LibraryError(RecipeError):
+    """The recipe, or the command line, asks for a library that is not installed."""
 
 
 class CorpusError(WavefleetError, ValueError):
@@ -61,7 +68,13 @@ class UnitMemoryError(TrainingError):
 
 
 def say(text: str) -> None:
-    """Tell the user something on stderr; a training goes on when nobody reads any more, `tee` or the terminal gone."""
+    """Tell the user something on stderr, unless only errors are wanted (`-q`)."""
+    if not is_quiet():
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Tell the user what went wrong, on stderr; a training goes on when nobody reads any more, `tee` gone say."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -82,9 +95,13 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
 
     Args:
         program: takes the arguments without the program's name, returns the exit code.
-        argv: the arguments; `sys.argv[1:]` when None. `--debug` anywhere among them shows tracebacks.
+        argv: the arguments; `sys.argv[1:]` when None. Those of every verb (`verbosity.OPTIONS`) may stand anywhere.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with taken(sys.argv[1:] if argv is None else argv) as arguments:
+        return _run(program, arguments)
+
+
+def _run(program: Callable[[Sequence[str]], int], arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
@@ -93,7 +110,7 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except WavefleetError as error:
         if debug:
             raise
-        say(f"error: {error}")
+        warn(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
@@ -101,8 +118,13 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except OSError as error:  # a full disk, a file in the way, a folder without permission: not ours to mend
         if debug:
             raise
-        print(f"error: {error}; --debug shows what was being done", file=sys.stderr)
+        warn(f"error: {no_room(error) if is_full(error) else error}; --debug shows what was being done")
+        return EXIT_FAILED
+    except ModuleNotFoundError as error:  # of ours it would be a defect, which is to be seen
+        if debug or (error.name or "").partition(".")[0] in ("asr_train", "launch", "wavefleet"):
+            raise
+        warn(f"error: the library {error.name} is not installed; install Wavefleet again, with what it needs")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        say("interrupted")
+        warn("interrupted")
         return 130

@@ -18,10 +18,6 @@ from asr_train.files import write_json
 from asr_train.geometry import FrameGeometry
 from asr_train.recipe import load_recipe
 
-DATA_HELP = (
-    "a recipe (a file, or the name of a shipped one), whose eval sets are scored; a table of audio and texts (.jsonl,"
-    " .csv, .tsv, .parquet, .arrow); or a folder of audio files with their texts"
-)
 _TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow")
 _SHARD_ROWS = 1000
 

@@ -1,6 +1,5 @@
 """Score a run or a model: `python -m asr_train.evaluate RUN|MODEL`, alone or under `accelerate launch`."""
 
-import argparse
 import json
 import os
 import sys
@@ -14,16 +13,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from asr_train.arguments import evaluate_parser
 from asr_train.config import EvalSettings, Recipe, TextSettings
 from asr_train.data.corpus import CorpusSet
 from asr_train.data.text import Normaliser, Vocabulary
 from asr_train.errors import EXIT_DONE, RunError, run_main
-from asr_train.eval_data import DATA_HELP, DataName, pick_sets, prepare_source, read_data_name
+from asr_train.eval_data import DataName, pick_sets, prepare_source, read_data_name
 from asr_train.files import read_jsonl
 from asr_train.metrics import render_alignment
 from asr_train.model import PADDING_SENSITIVE_OVER, SpeechModel, load_exported, padding_difference
@@ -66,7 +67,7 @@ def evaluate(
     Args:
         target: a run directory, or a model folder saved by transformers.
         accelerator: the processes that share the work.
-        data: see `DATA_HELP`; a run's own recipe when None.
+        data: see `arguments.DATA_HELP`; a run's own recipe when None.
         sets: names of the recipe's sets; all when empty.
         checkpoint: of a run: `best`, `newest`, or a path.
         out: folder for a JSONL file a set; when None, a run's own sets go to the run directory, others nowhere.
@@ -102,21 +103,12 @@ def evaluate(
 
 def main(argv: Sequence[str]) -> int:
     """Command line of evaluate."""
-    parser = argparse.ArgumentParser(
-        prog="python -m asr_train.evaluate", description="WER and CER of a run or a model, from summed edit counts."
-    )
-    parser.add_argument("target", type=Path, metavar="RUN|MODEL", help="a run directory, or a model folder")
-    parser.add_argument("--data", help=f"{DATA_HELP}. A run's own recipe if not given")
-    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="NAME", help="this set only; repeat")
-    parser.add_argument("--checkpoint", default="best", metavar="best|newest|PATH", help="of a run (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/SET.jsonl: every row, worst first")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    arguments = parser.parse_args(argv)
+    arguments = evaluate_parser().parse_intermixed_args(argv)
     stdout = sys.stdout
     with ExitStack() as stack:
         # what libraries and the preparation of data print is no part of the result
         stack.enter_context(redirect_stdout(sys.stderr))
-        accelerator = _make_accelerator(arguments.target)
+        accelerator = stack.enter_context(processes(arguments.target))
         is_kept = arguments.out is not None or arguments.data is None
         scratch = stack.enter_context(tempfile.TemporaryDirectory())  # the worst rows are shown where none are kept
         found = evaluate(
@@ -126,9 +118,19 @@ def main(argv: Sequence[str]) -> int:
         if accelerator.is_main_process:
             with redirect_stdout(stdout):
                 _print(found, as_json=arguments.json, is_kept=is_kept)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
     return EXIT_DONE
+
+
+@contextmanager
+def processes(target: Path) -> Iterator[Accelerator]:
+    """The processes that score a run or a model; forgotten at the end, for another one may have another precision."""
+    is_ours = not is_initialized()
+    accelerator = _make_accelerator(target)
+    yield accelerator
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if is_ours:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _make_accelerator(target: Path) -> Accelerator:

@@ -3,7 +3,6 @@
 Written aside, loaded again with transformers and compared bit by bit, and only then given its name.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoModelForCTC, AutoProcessor
 
+from asr_train.arguments import export_parser
 from asr_train.errors import EXIT_DONE, ModelError, RunError, WavefleetError, run_main
 from asr_train.files import publish_dir, write_json, write_text
 from asr_train.geometry import SAMPLE_RATE
@@ -35,6 +35,9 @@ class Exported:
     folder: Path
     step: int
     url: str | None  # on the hub, when it was pushed
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
 
 def export(
@@ -121,14 +124,7 @@ def push(folder: Path, repository: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of export."""
-    parser = argparse.ArgumentParser(
-        prog="python -m asr_train.export", description="Export a run's model as a folder that transformers loads."
-    )
-    parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the model folder; RUN/export if not given")
-    parser.add_argument("--checkpoint", default="best", metavar="best|newest|PATH", help="which weights (%(default)s)")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it too, to a repository such as me/my-model")
-    arguments = parser.parse_args(argv)
+    arguments = export_parser().parse_intermixed_args(argv)
     done = export(arguments.run, arguments.out, checkpoint=arguments.checkpoint, push_to_hub=arguments.push_to_hub)
     print(f"{done.folder}: the model of step {done.step}, loaded again and equal")
     if done.url is not None:

@@ -19,6 +19,7 @@ from asr_train.data.sources import open_source
 from asr_train.errors import EXIT_DONE, ModelError, run_main, say
 from asr_train.prepare import is_prepared
 from asr_train.recipe import load_recipe, on_hub
+from asr_train.trouble import remedy
 
 _SMALL = ["*.json", "*.txt", "*.model", "*.py"]  # configurations, vocabularies, code
 
@@ -64,7 +65,7 @@ def _fetch_model(name: str, revision: str | None, *, weights: bool) -> None:
         wanted = [*_SMALL, *([best] if weights and best else [])]
         snapshot_download(name, revision=revision, allow_patterns=wanted)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"{name} cannot be fetched from the hub: {error}") from error
+        raise ModelError(f"{name} cannot be fetched from the hub: {remedy(error) or error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

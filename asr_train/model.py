@@ -18,6 +18,7 @@ from asr_train.errors import CorpusError, ModelError
 from asr_train.model_config import TAKEN, feature_extractor, load_model_config, load_vocabulary
 from asr_train.optim import is_head
 from asr_train.speech_model import SpeechModel
+from asr_train.trouble import need, remedy
 
 __all__ = ["PADDING_SENSITIVE_OVER", "TAKEN", "SpeechModel", "build_model", "load_exported", "padding_difference"]
 
@@ -169,6 +170,8 @@ def _load(
     kind = automatic._model_mapping.get(type(config), None)
     if attention == "sdpa" and kind is not None and not kind._supports_sdpa:
         attention = "eager"  # wavlm and sew-d have an attention of their own
+    if attention == "flash_attention_2":
+        need("flash_attn", "model.attention: flash_attention_2")
     try:
         if settings.pretrained is None:
             hf: PreTrainedModel = automatic.from_config(config, dtype=torch.float32, attn_implementation=attention)
@@ -189,7 +192,8 @@ def _load(
             " anything when it is loaded; it was not. Have them saved as safetensors."
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"model: {settings.pretrained or settings.architecture} cannot be made: {error}") from error
+        name = settings.pretrained or settings.architecture
+        raise ModelError(f"model: {name} cannot be made: {remedy(error) or error}") from error
     mismatched = [name for name, *_ in found["mismatched_keys"]]
     new = sorted({*found["missing_keys"], *mismatched})
     strange = [name for name in new if not (is_head(name) or name.endswith("masked_spec_embed"))]

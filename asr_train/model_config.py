@@ -20,6 +20,7 @@ from asr_train.data.text import Vocabulary
 from asr_train.errors import ModelError
 from asr_train.files import write_json
 from asr_train.geometry import SAMPLE_RATE, FrameGeometry
+from asr_train.trouble import remedy
 
 TAKEN = (
     "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-conformer",
@@ -65,8 +66,8 @@ def load_model_config(
         raise
     except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, its own strict ones
         name = settings.pretrained or settings.architecture
-        hint = "" if settings.pretrained is None else f"\n{_TAKEN_ARE}"
-        raise ModelError(f"model: the config of {name!r} cannot be made: {error}{hint}") from error
+        why = remedy(error) or (error if settings.pretrained is None else f"{error}\n{_TAKEN_ARE}")
+        raise ModelError(f"model: the config of {name!r} cannot be made: {why}") from error
 
 
 def _unknown(key: str, config: PretrainedConfig) -> str:
@@ -143,7 +144,7 @@ def load_vocabulary(name: str) -> Vocabulary:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"text.processor: {name!r} cannot be loaded: {error}") from error
+        raise ModelError(f"text.processor: {name!r} cannot be loaded: {remedy(error) or error}") from error
     if not isinstance(tokenizer, Wav2Vec2CTCTokenizer):
         raise ModelError(f"text.processor: {name!r} has a {type(tokenizer).__name__}, not a Wav2Vec2CTCTokenizer")
     with tempfile.TemporaryDirectory() as folder:

@@ -4,13 +4,13 @@ Work is cut into shards, each written aside and renamed: a prepare that was kill
 at once do not disturb each other, and a finished one is found again by the hash of what made it.
 """
 
-import argparse
 import platform
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import soxr
 from rich.console import Console
 
 import asr_train
+from asr_train.arguments import prepare_parser
 from asr_train.config import Recipe
 from asr_train.data import summary as report
 from asr_train.data.corpus import (
@@ -37,11 +38,13 @@ from asr_train.data.shard_pool import Shard, cut, write_shards
 from asr_train.data.shards import RowChecks, mended_shards, rejected_path
 from asr_train.data.sources import open_sources
 from asr_train.data.text import Normaliser, Vocabulary, collision_message
-from asr_train.errors import EXIT_DONE, CorpusError, RecipeError, run_main
+from asr_train.disk import is_full, no_room
+from asr_train.errors import EXIT_DONE, CorpusError, RecipeError, run_main, say
 from asr_train.files import hash_json, read_json, write_json, write_text
 from asr_train.geometry import FrameGeometry
 from asr_train.lock import HeartbeatLock, LockHeldError, holder
 from asr_train.recipe import load_recipe
+from asr_train.verbosity import is_quiet
 
 NOTE = "listing.json"  # in a corpus that is not complete: what its shards are made from
 SHARES = ".shares"  # in a corpus that is not complete: locks of who writes a share of its shards
@@ -54,7 +57,7 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> Corpus:
 
     Args:
         recipe: the resolved recipe.
-        progress: show a progress bar, or lines where there is no terminal, and the report at the end.
+        progress: show a progress bar, or lines where there is no terminal, and the report at the end; not with `-q`.
 
     Raises:
         SourceError: bad input, all of it, with file and row.
@@ -62,10 +65,11 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> Corpus:
         RecipeError: names of sets that a corpus cannot have.
     """
     check_names(recipe)
+    progress = progress and not is_quiet()
     geometry = corpus_geometry(recipe)
     path = corpus_path(recipe, geometry)
     if changed := _changed_files(path):
-        print(f"note: {_stale(path, changed)}; it is used as it is", file=sys.stderr)
+        say(f"note: {_stale(path, changed)}; it is used as it is")
     alone(path / "lock.json", path, lambda: _make(recipe, geometry, path, progress))
     corpus = Corpus.open(path)
     check_counts(corpus.info["sets"], recipe.data.max_rejected_percent, path)
@@ -81,17 +85,32 @@ def alone(lock: Path, path: Path, work: Callable[[], None]) -> None:
     waited_for: Any = None
     while not (path / "corpus.json").exists():
         try:
-            with HeartbeatLock(lock):
+            with _without_empty(path), HeartbeatLock(lock):
                 if not (path / "corpus.json").exists():
                     work()
                 return
         except OSError as error:  # a full disk, a folder without permission
-            raise CorpusError(f"corpus {path} cannot be written: {error}; what is done is kept") from error
+            why = no_room(error, path) if is_full(error) else error
+            raise CorpusError(f"corpus {path} cannot be written: {why}; what is done is kept") from error
         except LockHeldError as held:
             if waited_for != held.holder:
                 waited_for = held.holder
-                print(f"waiting for {who(held.holder)}, which prepares {path}", file=sys.stderr, flush=True)
+                say(f"waiting for {who(held.holder)}, which prepares {path}")
             time.sleep(_POLL_S)
+
+
+@contextmanager
+def _without_empty(path: Path) -> Iterator[None]:
+    """Leave no empty folder behind where nothing came of a corpus, bad input say."""
+    is_new_root = not path.parent.exists()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty, and stays
+            path.rmdir()
+            if is_new_root:
+                path.parent.rmdir()
+        raise
 
 
 def who(held: dict[str, Any]) -> str:
@@ -115,10 +134,7 @@ def wait_for_corpus(recipe: Recipe, poll_s: float = 1.0) -> Corpus:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="prepare", description="Prepare the corpus of a recipe.")
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    arguments = parser.parse_args(argv)
+    arguments = prepare_parser().parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     done = is_prepared(recipe)
     if done and (changed := _changed_files(done)):

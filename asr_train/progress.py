@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asr_train.errors import say
+from asr_train.verbosity import is_quiet
 
 _NUM_SHARES = 3  # of the ledger, that a line has room for
 
@@ -24,7 +25,7 @@ class TrainingProgress:
         self._scores = ""
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        if is_shown and self._console.is_terminal:
+        if is_shown and self._console.is_terminal and not is_quiet():
             self._bar = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,

@@ -1,6 +1,7 @@
 """Reading a recipe: YAML and `key.sub=value` in, a checked `Recipe` or all its errors at once out."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -22,21 +23,45 @@ _UNION_TAGS = {tag for kind in (HubSource, TableSource, FolderSource, DemoSource
                for tag in get_args(get_type_hints(kind)["kind"])}  # fmt: skip
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, or a shipped recipe by name, and apply `key.sub=value` overrides.
+def load_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """Read a recipe and apply changes.
 
     Relative paths in it become absolute, from the working directory, so that every later process agrees.
+
+    Args:
+        recipe: a file, a shipped recipe by name, plain values as a file holds them, or a recipe.
+        overrides: `key.sub=value` words, the values being YAML; or dotted keys and their values.
 
     Raises:
         RecipeError: lists every problem: dotted key, value, what was expected, and the nearest known key.
     """
+    where, values = _find(recipe)
+    words = [_word(key, value) for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    problems = [problem for text in words if (problem := override(values, text))]
+    return decode_recipe(values, where=where, problems=problems)
+
+
+def _find(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
+    """What to call a recipe, and its plain values, which may be changed."""
+    if isinstance(recipe, Recipe):
+        return recipe.name, to_values(recipe)
+    if isinstance(recipe, Mapping):
+        return "recipe", {key: _plain(value) for key, value in recipe.items()}
     try:
-        path = resources.find("recipes", str(recipe))
+        path = resources.find("recipes", os.fspath(recipe))
     except FileNotFoundError as error:
         raise RecipeError(str(error)) from None
-    values = read_values(path)
-    problems = [problem for text in overrides if (problem := override(values, text))]
-    return decode_recipe(values, where=str(path), problems=problems)
+    return str(path), read_values(path)
+
+
+def _word(key: str, value: Any) -> str:
+    """A change as `key.sub=value`."""
+    text = yaml.safe_dump(
+        _plain(value), default_flow_style=True, allow_unicode=True, sort_keys=False, width=float("inf")
+    )
+    return f"{key}=" + text.removesuffix("\n").removesuffix("...").rstrip()
 
 
 def read_resolved(path: Path) -> Recipe:
@@ -187,7 +212,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def override(values: dict[str, Any], text: str) -> str | None:

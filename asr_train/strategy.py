@@ -29,6 +29,7 @@ from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel
 from asr_train.peer_wait import PeerWait
 from asr_train.prometheus import check_prometheus
+from asr_train.trouble import LIBRARIES, need
 
 _COLLECTIVE_TIMEOUT_S = 1800  # a rank this late is dead; the slowest thing ranks wait for is a save
 _LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
@@ -152,6 +153,10 @@ def check_environment(recipe: Recipe) -> None:
         problems.append(f"gradient_clipping: {clipping} there, optim.max_grad_norm: {recipe.optim.max_grad_norm} here")
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("precision: 'fp16': needs a GPU, and this machine shows none; use fp32 or bf16")
+    for tracker in set(recipe.log.trackers) & set(LIBRARIES):
+        need(tracker, f"log.trackers: {tracker}")
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        need("deepspeed", "the accelerate config")
     if unknown := sorted(set(recipe.log.trackers) - {str(name) for name in get_available_trackers()}):
         known = ", ".join(sorted(str(name) for name in get_available_trackers()))
         raise RecipeError(f"log.trackers: {', '.join(unknown)}: not installed, or unknown to accelerate; here: {known}")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from asr_train import checkpoints, strategy
 from asr_train.checkpoint import Ranks, Saver
@@ -30,7 +31,8 @@ from asr_train.ledger import Ledger
 from asr_train.live_state import create_state
 from asr_train.lock import LockHeldError
 from asr_train.loop import fit
-from asr_train.model import PADDING_SENSITIVE_OVER, SpeechModel, build_model, padding_difference
+from asr_train.model import PADDING_SENSITIVE_OVER, build_model, padding_difference
+from asr_train.model_config import load_model_config
 from asr_train.optim import build_optimizer, may_fuse
 from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
@@ -147,7 +149,7 @@ def _attempt(
     )
     create_state(parallel)
     recipe = _with_unit_size(recipe, run, corpus, parallel)
-    plan = _make_plan(recipe, corpus, model)
+    plan = _make_plan(recipe, corpus, model.hf.config)
     facts = _facts(recipe, run, corpus, plan, parallel, attempt[0])
 
     # 4. The run's newest whole checkpoint, if it has any; all ranks look at it together.
@@ -256,7 +258,9 @@ def _with_unit_size(recipe: Recipe, run: RunDir, corpus: Corpus, parallel: Paral
     """The recipe with a number for `unit_audio_s: auto`: the run's own, or, before its first step, found now."""
     size = _from_rank_0(recipe.unit_audio_s)  # only rank 0 knows what an attempt before has found
     if size == "auto":
-        found = find_unit_audio_s(recipe, parallel, corpus.train.index, _plan_settings(recipe, corpus, parallel.module))
+        found = find_unit_audio_s(
+            recipe, parallel, corpus.train.index, _plan_settings(recipe, corpus, parallel.module.hf.config)
+        )
         size = found.unit_audio_s
         if parallel.rank == 0:
             run.settle_unit(recipe, size, how=found.how, device=found.device, strategy=parallel.name)
@@ -264,20 +268,24 @@ def _with_unit_size(recipe: Recipe, run: RunDir, corpus: Corpus, parallel: Paral
     return replace(recipe, unit_audio_s=size)
 
 
-def _make_plan(recipe: Recipe, corpus: Corpus, model: SpeechModel) -> Plan:
-    return Plan(corpus.train.index, _plan_settings(recipe, corpus, model), recipe.seed)
+def plan_of(recipe: Recipe, corpus: Corpus) -> Plan:
+    """The plan that a training of this recipe follows."""
+    return _make_plan(recipe, corpus, load_model_config(recipe.model, recipe.trust_remote_code, corpus.vocabulary))
 
 
-def _plan_settings(recipe: Recipe, corpus: Corpus, model: SpeechModel) -> PlanSettings:
+def _make_plan(recipe: Recipe, corpus: Corpus, config: PretrainedConfig) -> Plan:
+    return Plan(corpus.train.index, _plan_settings(recipe, corpus, config), recipe.seed)
+
+
+def _plan_settings(recipe: Recipe, corpus: Corpus, config: PretrainedConfig) -> PlanSettings:
     """How the corpus is batched; where the size of units is still to be found, in units of a second."""
     is_frozen = recipe.model.freeze_feature_encoder
-    quadratic = quadratic_share(model.hf.config.to_dict(), feature_encoder_frozen=is_frozen)
     return PlanSettings(
         unit_audio_s=1.0 if recipe.unit_audio_s == "auto" else recipe.unit_audio_s,
         unit_utterances=recipe.unit_utterances,
         units_per_step=recipe.units_per_step,
         order=recipe.order,
-        quadratic=quadratic,
+        quadratic=quadratic_share(config.to_dict(), feature_encoder_frozen=is_frozen),
         stride_samples=corpus.geometry.stride_samples,
     )
 

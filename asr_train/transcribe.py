@@ -5,7 +5,6 @@ Audio of up to one window gives the text that `transformers.pipeline("automatic-
 joined on frames (see `windows`).
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from asr_train.arguments import transcribe_parser
 from asr_train.captions import Word, make_captions, to_srt, to_vtt, words_of_frames
 from asr_train.data.audio import AudioError, load_audio
 from asr_train.data.text import Vocabulary
@@ -27,12 +27,10 @@ from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, run_main
 from asr_train.files import write_text
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel, load_exported
-from asr_train.windows import FrameIds, Window, join_frames, make_windows
+from asr_train.verbosity import is_quiet
+from asr_train.windows import OVERLAP_S, WINDOW_S, FrameIds, Window, join_frames, make_windows
 
-WINDOW_S = 30.0
-OVERLAP_S = 10.0  # the pipeline's own choice: a sixth of the window on each side
 _WINDOWS_AT_ONCE = 8  # on a GPU: 4 minutes of audio fill it; a CPU gains nothing from more than one
-_FORMATS = ("text", "jsonl", "srt", "vtt")
 
 
 @dataclass(frozen=True)
@@ -174,20 +172,7 @@ def render(transcript: Transcript, form: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Command line of transcribe."""
-    parser = argparse.ArgumentParser(
-        prog="python -m asr_train.transcribe", description="Transcribe audio files of any format and length."
-    )
-    parser.add_argument("model", type=Path, help="a model folder: RUN/export, or one saved by transformers")
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE|FOLDER", help="audio files, or folders of them")
-    parser.add_argument(
-        "--format", choices=_FORMATS, default="text", help="text, JSON lines with word times, subtitles"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write a file for each input there, not to stdout")
-    parser.add_argument(
-        "--window-s", type=float, default=WINDOW_S, help="longer audio is cut into windows (%(default)s)"
-    )
-    parser.add_argument("--overlap-s", type=float, default=OVERLAP_S, help="that windows share (%(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = transcribe_parser().parse_intermixed_args(argv)
 
     files = find_audio(arguments.inputs)
     targets = _targets(files, arguments.out, arguments.format) if arguments.out else {}
@@ -213,7 +198,9 @@ def _with_progress(
     console = Console(stderr=True)
     # rich would redirect stdout to the bar's console, and so take the transcripts out of a pipe
     with Progress(
-        console=console, redirect_stdout=False, disable=not (console.is_terminal and is_text_elsewhere)
+        console=console,
+        redirect_stdout=False,
+        disable=is_quiet() or not (console.is_terminal and is_text_elsewhere),
     ) as progress:
         yield from progress.track(results, total=total, description="transcribing")
 

@@ -11,11 +11,15 @@ never inside of one; and no character comes before it in one window and after it
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 FrameIds = npt.NDArray[np.integer]
+
+WINDOW_S: Final = 30.0
+OVERLAP_S: Final = 10.0  # the pipeline's own choice: a sixth of the window on each side
 
 
 @dataclass(frozen=True)

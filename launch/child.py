@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 
 from asr_train.errors import say
 from asr_train.stop import IMPATIENT_S, PR_SET_PDEATHSIG, has_terminal
+from asr_train.verbosity import is_verbose
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
@@ -116,6 +118,8 @@ def run_child(
         is_over: asked ten times a second; true ends the child and all its descendants with SIGKILL.
     """
     mine = signals or Signals()
+    if is_verbose():
+        say(f"$ {shlex.join(command)}")
     with nullcontext() if signals else mine.installed():
         process = subprocess.Popen(
             command,

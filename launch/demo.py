@@ -9,6 +9,7 @@ from pathlib import Path
 from asr_train.errors import EXIT_DONE, run_main
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, read_metrics
+from launch import next_steps
 from launch.child import run_child
 from launch.devices import num_cores
 from launch.placement import usable_gpus
@@ -58,7 +59,8 @@ def _run(command: Sequence[str]) -> int:
     """Show a command and run it, by this very Python."""
     print(f"\n$ {' '.join(command)}", flush=True)
     program = ["-m", "launch.cli"] if command[0] == "wavefleet" else []
-    return run_child([sys.executable, *program, *command[1:]]).exit_code
+    environ = {**os.environ, next_steps.SILENCE: "off"}  # the last lines say what is next
+    return run_child([sys.executable, *program, *command[1:]], env=environ).exit_code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from asr_train import lock
 from asr_train.config import Recipe
-from asr_train.errors import EXIT_FAILED, RunError, say
+from asr_train.errors import EXIT_FAILED, RunError, say, warn
 from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import START, RunDir, locked_message
 from launch import allocation
@@ -29,10 +29,10 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     run = RunDir(run_directory(recipe))
     if allocation.is_inside(os.environ):
-        _claim(run, recipe, allow_change=options.allow_change, takes_change=True)
+        claim(run, recipe, allow_change=options.allow_change, takes_change=True)
         return allocation.train(run, recipe, accelerate=options.accelerate, processes=options.processes)
     placement = place(recipe, accelerate=options.accelerate, processes=options.processes)
-    _claim(run, recipe, allow_change=options.allow_change, takes_change=False)
+    claim(run, recipe, allow_change=options.allow_change, takes_change=False)
     say(f"{run.path}: {placement}")
     switches = [flag for flag, given in (("--allow-change", options.allow_change), ("--debug", options.debug)) if given]
     retried(run)
@@ -81,14 +81,14 @@ def _never_began(ended: Ended) -> int:
     if ended.stopped_by is not None:
         say("stopped before training began; there was nothing to save")
         return 128 + ended.stopped_by
-    say("failed: the training program ended before it began; its messages are above")
+    warn("failed: the training program ended before it began; its messages are above")
     return EXIT_FAILED
 
 
 def _end(run: RunDir, verdict: Verdict) -> int:
     """Say how it ended, where the training program itself has not."""
     if verdict.kind not in ("done", "stopped_by_user", "time_limit"):
-        say(f"{verdict.kind}: {verdict.message}")
+        warn(f"{verdict.kind}: {verdict.message}")
     notify(run, verdict)
     return verdict.exit_code
 
@@ -101,7 +101,7 @@ def _pause(seconds: float, signals: Signals) -> bool:
     return signals.first is None
 
 
-def _claim(run: RunDir, recipe: Recipe, *, allow_change: bool, takes_change: bool) -> None:
+def claim(run: RunDir, recipe: Recipe, *, allow_change: bool, takes_change: bool) -> None:
     """Refuse a live run and a run of another recipe before anything is started."""
     run.make()
     path = run.path / "lock.json"

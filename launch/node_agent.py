@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from asr_train import verbosity
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, WavefleetError, run_main, say
 from asr_train.run_dir import START, RunDir
 from launch import continuation, devices, preflight, slurm
@@ -85,6 +86,7 @@ class _Node:
 
 def run_node(run_dir: Path, environ: Mapping[str, str]) -> Verdict | None:
     """One node's part of one start of a job; the verdict on node 0, None elsewhere."""
+    os.environ.pop(verbosity.VARIABLE, None)  # of the submitter's shell; a job's log is evidence, and holds all notes
     signals = Signals()
     signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler has nothing to do here
     with signals.installed():

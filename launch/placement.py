@@ -13,6 +13,7 @@ from asr_train import resources
 from asr_train.config import Recipe
 from asr_train.data.world_size import check_world_size
 from asr_train.errors import RecipeError, say
+from asr_train.trouble import need
 from launch import devices
 
 # torchrun kills its workers 30 s after it passed a stop signal on, saved or not; here no scheduler waits for us.
@@ -103,6 +104,8 @@ def place(recipe: Recipe, *, accelerate: str | None, processes: int | None, num_
     num_processes = processes or (own if isinstance(own, int) else gpus)
     if problem := _mismatch(values, gpus=gpus, on_cpu=on_cpu, num_processes=num_processes):
         raise RecipeError(f"{config.name}: {problem}")
+    if str(values["distributed_type"]) == "DEEPSPEED":
+        need("deepspeed", f"--accelerate {config.stem}")
     check_world_size(recipe.units_per_step, num_processes * num_nodes, recipe.allow_idle_ranks)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return Placement(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, RunError, say
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, RunError, say, warn
 from asr_train.files import hash_json
 from launch import job, slurm, snapshot
 from launch.cluster import load_cluster, site_folder
@@ -116,7 +116,7 @@ def follow(folder: Path, name: str, job_id: str) -> int:
         elif gone_since is None:
             gone_since = time.monotonic()
         elif time.monotonic() - gone_since > _WORD_S:
-            say(f"error: job {job_id} was ended from outside ({state.state}), before its command had ended")
+            warn(f"error: job {job_id} was ended from outside ({state.state}), before its command had ended")
             return EXIT_FAILED
         time.sleep(_POLL_S)
 
@@ -133,6 +133,14 @@ def _folder(verb: str, subject: Path, arguments: Sequence[str]) -> Path:
 
 def _where(folder: Path, verb: str) -> str:
     return f"what it prints: {folder / f'{verb}.out'}"
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    return _parser("evaluate")
+
+
+def _transcribe_parser() -> argparse.ArgumentParser:
+    return _parser("transcribe")
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ _STRAGGLER = 0.1  # a tenth slower than the median rank is worth a word
 
 def status(argv: Sequence[str]) -> int:
     """Print how one run is."""
-    options = _parser("status", "How a run is.", run=True).parse_args(argv)
+    options = _status_parser().parse_args(argv)
     found = describe(open_run(options.run))
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
@@ -54,7 +54,7 @@ def status(argv: Sequence[str]) -> int:
 
 def list_runs(argv: Sequence[str]) -> int:
     """Print every run below a folder."""
-    options = _parser("ls", "Every run below a folder.", run=False).parse_args(argv)
+    options = _list_runs_parser().parse_args(argv)
     runs = [RunDir(path.parent) for path in sorted(Path(options.folder).glob("*/run.json"))]
     found = [describe(run) for run in runs]
     if options.json:
@@ -75,7 +75,7 @@ def list_runs(argv: Sequence[str]) -> int:
 
 def why(argv: Sequence[str]) -> int:
     """Print the verdict on the last attempt, with its evidence."""
-    options = _parser("why", "Why the last attempt of a run ended.", run=True).parse_args(argv)
+    options = _why_parser().parse_args(argv)
     run = open_run(options.run)
     known = starts(run)
     if not known:
@@ -113,7 +113,7 @@ def _piece(line: Mapping[str, Any]) -> str:
 
 def cancel(argv: Sequence[str]) -> int:
     """End a run's job, or take it out of the queue; nothing is saved that was not saved before."""
-    options = _parser("cancel", "End a run's job without saving.", run=True).parse_args(argv)
+    options = _cancel_parser().parse_args(argv)
     run = open_run(options.run)
     live = [entry for entry in submissions(run) if slurm.job_state(entry.job_id).is_live]
     if not live:
@@ -225,7 +225,23 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _parser(verb: str, meaning: str, *, run: bool) -> argparse.ArgumentParser:
+def _status_parser() -> argparse.ArgumentParser:
+    return _parser("status", "How a run is.")
+
+
+def _why_parser() -> argparse.ArgumentParser:
+    return _parser("why", "Why the last attempt of a run ended.")
+
+
+def _cancel_parser() -> argparse.ArgumentParser:
+    return _parser("cancel", "End a run's job without saving.")
+
+
+def _list_runs_parser() -> argparse.ArgumentParser:
+    return _parser("ls", "Every run below a folder.", run=False)
+
+
+def _parser(verb: str, meaning: str, *, run: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"wavefleet {verb}", description=meaning, allow_abbrev=False)
     if run:
         parser.add_argument("run", metavar="RUN", help="a run directory, or its name in runs/")

@@ -1,4 +1,4 @@
-"""Imports point one way: launch -> layer 0 of asr_train <- everything else in it; no layer looks up."""
+"""Imports point one way: wavefleet -> launch -> layer 0 of asr_train <- everything else in it; no layer looks up."""
 
 import ast
 import graphlib
@@ -14,17 +14,18 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 
 # A new module is placed here, as low as its imports let it be. Layer 0 has no torch; `launch` may use it and no other.
 LAYERS = (
-    """__init__ config errors files geometry lock recipe resources run_dir state checkpoints stop
+    """__init__ verbosity arguments disk trouble
+    config errors files geometry lock recipe resources run_dir state checkpoints stop
     phase ledger run_ledger estimate memory_estimate auto_unit
     captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
     data.plan""",
     """progress prometheus peer_wait metrics memory_error loss optim safe_load generators conv_layout
     data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
-    data.sources
+    data.sources data.find_source data.look
     data.shards data.shard_pool data.summary data.finish data.corpus data.stage
     data.spec_augment data.batch data.loader""",
     "model_config chunked_encoder speech_model model compiling strategy unit_probe live_state checkpoint restore score",
-    """job training_log loop prepare prepare_share fetch samples train trained selfcheck eval_data evaluate model_card
+    """job training_log loop prepare prepare_share fetch samples new_file new train trained selfcheck eval_data evaluate model_card
     export transcribe __main__""",
 )
 LAYER_OF = {
@@ -43,7 +44,7 @@ def modules(package):
     return found
 
 
-TREES = {**modules("asr_train"), **modules("launch")}
+TREES = {**modules("asr_train"), **modules("launch"), **modules("wavefleet")}
 
 
 def imports(name):
@@ -94,13 +95,18 @@ def test_the_launcher_uses_layer_0_and_no_torch(name):
     assert {module for module in used if LAYER_OF.get(module, 0) > 0} == set()
 
 
+@pytest.mark.parametrize("name", [name for name in TREES if not name.startswith("wavefleet")])
+def test_the_functions_for_notebooks_are_on_top(name):
+    assert {used.partition(".")[0] for used in imports(name)} & {"wavefleet"} == set()
+
+
 def test_no_circles():
     graph = {name: {used for used in imports(name) if used in TREES and used != name} for name in TREES}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_a_fresh_process_that_loads_the_launcher_and_layer_0_has_no_torch():
-    names = [name for name in TREES if name.startswith("launch") or LAYER_OF.get(name) == 0]
+    names = [name for name in TREES if name.startswith(("launch", "wavefleet")) or LAYER_OF.get(name) == 0]
     program = (
         "import importlib, json, sys\n"
         "for name in json.loads(sys.argv[1]): importlib.import_module(name)\n"

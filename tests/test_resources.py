@@ -41,14 +41,15 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_both_packages_recipes_configs_and_licence(wheel):
+def test_the_wheel_holds_the_packages_recipes_configs_and_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     tracked = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     assert {name.removeprefix("asr_train/share/recipes/") for name in names if "share/recipes/" in name} == tracked
     assert "asr_train/share/accelerate_configs/fsdp2.yaml" in names
     assert "asr_train/share/slurm/clusters/generic.yaml" in names
-    assert {"launch/cli.py", "asr_train/train.py", "asr_train/data/plan.py"} <= names
+    assert {"launch/cli.py", "asr_train/train.py", "asr_train/data/plan.py", "wavefleet/api.py"} <= names
+    assert {f"{package}/py.typed" for package in ("asr_train", "launch", "wavefleet")} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 

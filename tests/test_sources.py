@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -354,3 +355,59 @@ def test_paths_outside_their_root_are_taken_when_asked_for(tmp_path):
     rows = [{"audio": str(tmp_path / "audio" / name), "text": text} for name, text in zip(names, TEXTS, strict=True)]
     path = write_jsonl(tmp_path / "lists" / "absolute.jsonl", rows)
     check(open_source(TableSource(kind="jsonl", path=str(path), audio_root=str(tmp_path))))
+
+
+# --- links ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with a file of its own, a link to it, a link to a file outside, and a linked folder outside."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    wavs(outside)
+    root.mkdir()
+    (root / "own.wav").write_bytes(encoded(WAVEFORMS[0]))
+    (root / "inner.wav").symlink_to(root / "own.wav")
+    (root / "outer.wav").symlink_to(outside / "u1.wav")
+    (root / "folder").symlink_to(outside)
+    return root
+
+
+LINKED = {"own.wav": True, "inner.wav": True, "outer.wav": False, "folder/u2.wav": False}
+
+
+def readable(listing):
+    found = {}
+    for row in listing.rows(0, len(listing)):
+        try:
+            row.audio.load()
+        except AudioError as error:
+            assert error.reason == "path outside its root"
+            assert "is a link to" in error.value
+            found[row.text] = False
+        else:
+            found[row.text] = True
+    return found
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_link_that_leads_out_of_the_tables_folder_is_followed_only_where_that_is_allowed(kind, linked):
+    rows = [{"audio": name, "text": name} for name in LINKED]
+    path = linked / f"table.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "csv":
+        path.write_text("audio,text\n" + "".join(f"{row['audio']},{row['text']}\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    source = TableSource(kind=kind, path=str(path))
+    assert readable(open_source(source)) == LINKED
+    assert readable(open_source(replace(source, allow_paths_outside_root=True))) == dict.fromkeys(LINKED, True)
+
+
+def test_a_root_may_itself_be_a_link(linked, tmp_path):
+    (tmp_path / "alias").symlink_to(linked)
+    write_jsonl(linked / "m.jsonl", [{"audio": "own.wav", "text": "own.wav"}])
+    assert readable(open_source(TableSource(kind="jsonl", path=str(tmp_path / "alias" / "m.jsonl")))) == {
+        "own.wav": True
+    }

@@ -19,6 +19,7 @@ _SILENCE_SPAN = 6  # +-3 of 32768, -80 dBFS: dithered digital silence
 _STREAMED_SIZE = 0x7FFF_0000  # programs that write WAV to a pipe put a size at or over this into the header
 _MP3_MISSING_S, _MP3_MISSING_SHARE = 0.25, 0.02  # without a Xing header mpg123 only estimates a length
 MISSING_FILE = "missing file"  # a refusal that may be mended while a corpus is being prepared
+OUTSIDE = "path outside its root"
 _SEGMENT_SLACK_S = 0.1  # manifests round their durations
 
 

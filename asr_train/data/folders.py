@@ -67,6 +67,11 @@ def _audio_folder(source: FolderSource, folder: Path) -> Listing:
     return Listing(table=table, audio=file_references)
 
 
+def has_audio(folder: Path) -> bool:
+    """Whether there is an audio file anywhere in a folder."""
+    return any(_is_audio(path.name) for path in _walk(folder))
+
+
 def _texts_beside(folder: Path) -> Iterator[dict[str, Any]]:
     """Every audio file of a tree, with the text of the .txt file of its name; without one `prepare` refuses it."""
     for path in _walk(folder):

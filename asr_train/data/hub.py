@@ -11,15 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from datasets.download.streaming_download_manager import xopen
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from asr_train.config import HubSource
+from asr_train.data import audio
 from asr_train.data.manifests import ID_COLUMNS, PathCheck
-from asr_train.data.rows import AudioRef, BytesAudio, Listing, NoAudio, SourceError, duplicates, make_table
-from asr_train.data.tables import describe, load_cell, pick_columns, with_ids
+from asr_train.data.rows import AudioRef, BytesAudio, Listing, NoAudio, SourceError, duplicates, leads_out, make_table
+from asr_train.data.tables import describe, encoded_in, pick_columns, with_ids
 from asr_train.errors import CorpusError
+from asr_train.trouble import remedy
 
 _LIST_ROWS = 10_000  # at a time
+_TIMEOUT_S = 10.0  # for the hub to say that it is there
 _NAME_COLUMNS = ("path", "file", "file_name")
 
 
@@ -47,7 +50,7 @@ class HubAudio:
     def load(self) -> npt.NDArray[np.int16]:
         """See `AudioRef`."""
         (cell,) = self.dataset[self.row].values()
-        return load_cell(cell, _RootsCheck(self.roots))
+        return audio.decode(encoded_in(cell, _RootsCheck(self.roots)))
 
 
 class _RootsCheck(PathCheck):
@@ -61,9 +64,17 @@ class _RootsCheck(PathCheck):
         found = [check(name) for check in self._checks]
         return next((pair for pair in found if pair[1] is None), found[0])
 
+    def leads_out(self, path: str) -> str | None:
+        """See `PathCheck.leads_out`."""
+        return leads_out(Path(path), [root for check in self._checks for root in check.roots])
 
-def open_hub(source: HubSource) -> Listing:
+
+def open_hub(source: HubSource, limit: int | None = None) -> Listing:
     """List the rows of a hub data set, or of a local folder that `datasets` can load.
+
+    Args:
+        source: the data set.
+        limit: the first so many rows only, of a stream.
 
     Raises:
         SourceError: no such data set, configuration, split or column; duplicate ids.
@@ -73,7 +84,11 @@ def open_hub(source: HubSource) -> Listing:
             source.dataset, source.config, split=source.split, revision=source.revision, streaming=source.streaming
         )
     except Exception as error:  # datasets and the hub raise dozens of kinds
-        raise SourceError([f"hub data set {_name(source)}: {type(error).__name__}: {error}"]) from error
+        raise SourceError(
+            [f"hub data set {_name(source)}: {remedy(error) or f'{type(error).__name__}: {error}'}"]
+        ) from error
+    if limit is not None:
+        dataset = dataset.take(limit)
     found = dataset.column_names or list(next(iter(dataset), {}))
     audio_column, text_column = pick_columns(_name(source), found, source.audio_column, source.text_column)
     dataset = dataset.cast_column(audio_column, datasets.Audio(decode=False))
@@ -161,3 +176,21 @@ def _fetched(cell: dict[str, Any] | None) -> AudioRef:
 
 def _name(source: HubSource) -> str:
     return "/".join(part for part in (source.dataset, source.config, source.split) if part)
+
+
+def describe_hub(name: str, config: str | None) -> tuple[list[str], list[str]]:
+    """Configurations of a hub data set, and the splits of the one that is named or the only one.
+
+    Raises:
+        SourceError: it is not there, may not be read, or the hub cannot be reached.
+    """
+    try:
+        if not (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}").is_dir():
+            HfApi().dataset_info(name, timeout=_TIMEOUT_S)  # fails at once, where `datasets` would try again and again
+        configs = list(datasets.get_dataset_config_names(name))
+        if config is None and len(configs) > 1:
+            return configs, []
+        return configs, list(datasets.get_dataset_split_names(name, config))
+    except Exception as error:  # datasets and the hub raise dozens of kinds
+        why = remedy(error) or f"{type(error).__name__}: {error}"
+        raise SourceError([f"hub data set {name}: {why}; nor is there a folder {name} here"]) from error

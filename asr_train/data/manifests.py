@@ -5,13 +5,14 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from asr_train.config import TableSource
-from asr_train.data.rows import AudioRef, FileAudio, Listing, SourceError, duplicates, make_table
+from asr_train.data.rows import AudioRef, FileAudio, Listing, SourceError, duplicates, leads_out, make_table
 
 ID_COLUMNS = ("id", "utt_id")
 AUDIO_COLUMNS = ("audio", "audio_filepath", "path", "file", "file_name", "filename", "wav")
@@ -38,13 +39,15 @@ def open_manifest(source: TableSource) -> Listing:
     table = make_table((row for path in files for row in _rows(path, source, problems)), FILE_COLUMNS)
     if problems or (problems := duplicates(table)):
         raise SourceError(problems)
-    return Listing(table=table, audio=file_references, files=tuple(files))
+    folders = {Path(source.audio_root)} if source.audio_root else {path.parent for path in files}
+    roots = () if source.allow_paths_outside_root else tuple(sorted(map(os.path.realpath, folders)))
+    return Listing(table=table, audio=partial(file_references, roots=roots), files=tuple(files))
 
 
-def file_references(part: pa.Table, _: Sequence[int]) -> Iterable[AudioRef]:
-    """References to the audio files that a table's `FILE_COLUMNS` name."""
+def file_references(part: pa.Table, _: Sequence[int], roots: tuple[str, ...] = ()) -> Iterable[AudioRef]:
+    """References to the audio files that a table's `FILE_COLUMNS` name; see `FileAudio` for `roots`."""
     columns = (part.column(field.name).to_pylist() for field in FILE_COLUMNS)
-    return (FileAudio(Path(path), offset, duration) for path, offset, duration in zip(*columns, strict=True))
+    return (FileAudio(Path(path), offset, duration, roots) for path, offset, duration in zip(*columns, strict=True))
 
 
 def table_files(path: str, kind: str) -> list[Path]:
@@ -76,12 +79,21 @@ def pick_column(columns: Sequence[str], given: str | None, known: Sequence[str])
 
 
 class PathCheck:
-    """Makes paths of a manifest absolute, and refuses those that leave their root."""
+    """Makes paths of a manifest absolute, and refuses those that leave their root; links are followed when read."""
 
     def __init__(self, root: Path, allow_outside: bool) -> None:
         self._root = os.path.normpath(root.absolute())
         self._roots = (self._root, os.path.realpath(root))
         self._allow_outside = allow_outside
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The real folder that links may not lead out of; none where they may."""
+        return () if self._allow_outside else self._roots[1:]
+
+    def leads_out(self, path: str) -> str | None:
+        """What is wrong with a path that a link leads out of the root; asked where it is read, for it asks the disk."""
+        return leads_out(Path(path), self.roots)
 
     def __call__(self, name: str) -> tuple[str, str | None]:
         """The absolute path, and what is wrong with it or None."""

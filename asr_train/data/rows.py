@@ -1,5 +1,6 @@
 """Rows of a source before they are prepared: a table of ids and texts, and references to audio that workers load."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -34,10 +35,21 @@ class FileAudio:
     path: Path
     offset_s: float | None = None
     duration_s: float | None = None
+    roots: tuple[str, ...] = ()  # real folders that a link may not lead out of; anywhere when empty
 
     def load(self) -> npt.NDArray[np.int16]:
         """See `AudioRef`."""
-        return audio.decode(self.path, self.offset_s, self.duration_s)
+        return audio.decode(self.checked(), self.offset_s, self.duration_s)
+
+    def checked(self) -> Path:
+        """The file.
+
+        Raises:
+            audio.AudioError: it is a link, or lies behind one, that leads out of `roots`.
+        """
+        if problem := leads_out(self.path, self.roots):
+            raise audio.AudioError(audio.OUTSIDE, problem)
+        return self.path
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,14 @@ class BytesAudio:
     def load(self) -> npt.NDArray[np.int16]:
         """See `AudioRef`."""
         return audio.decode(self.data)
+
+
+def leads_out(path: Path, roots: Sequence[str]) -> str | None:
+    """What to say of a path that links lead out of all of these real folders; None where they do not."""
+    real = os.path.realpath(path)
+    if not roots or any(real.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
+        return None
+    return f"{path} is a link to {real}; allow_paths_outside_root=true follows it"
 
 
 class Speaker(Protocol):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -76,7 +77,7 @@ def write_shards(
             return
         context = multiprocessing.get_context("spawn")
         theirs, ours = context.Pipe(duplex=False)
-        with theirs, ours, ProcessPoolExecutor(num_proc, context, end_with_parent, (theirs,)) as pool:
+        with _without_main(), theirs, ours, ProcessPoolExecutor(num_proc, context, end_with_parent, (theirs,)) as pool:
             try:
                 for count in _in_flight(pool, map(work, shards), num_proc + 1):
                     bar.advance(count)
@@ -88,6 +89,23 @@ def write_shards(
                     "a worker process of prepare was killed, for memory perhaps; what is done is kept in "
                     f"{path}: run the same command again, with a smaller data.num_proc"
                 ) from None
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep workers from importing the program that is run, of which they need nothing.
+
+    A script without `if __name__ == "__main__"`, as notebooks are, would prepare again in every worker.
+    """
+    main = sys.modules["__main__"]
+    before = {name: getattr(main, name, None) for name in ("__spec__", "__file__")}  # what multiprocessing looks at
+    for name in before:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(main, name, value)
 
 
 def _in_flight(pool: ProcessPoolExecutor, work: Iterator[tuple[Any, ...]], most: int) -> Iterator[int]:

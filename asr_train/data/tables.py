@@ -33,25 +33,35 @@ class TableAudio:
 
     def load(self) -> npt.NDArray[np.int16]:
         """See `AudioRef`."""
+        return audio.decode(self.encoded())
+
+    def encoded(self) -> bytes | Path:
+        """The audio as it came: the content of a file, or the file.
+
+        Raises:
+            audio.AudioError: as `encoded_in`.
+        """
         cells = _cells(self.path, self.column, self.group)
-        return load_cell(cells[self.row].as_py(), PathCheck(self.root, self.allow_outside))
+        return encoded_in(cells[self.row].as_py(), PathCheck(self.root, self.allow_outside))
 
 
-def load_cell(cell: Any, check: PathCheck) -> npt.NDArray[np.int16]:
-    """Samples of a cell of an audio column: bytes, a path, or a struct of both, as `datasets` writes it.
+def encoded_in(cell: Any, check: PathCheck) -> bytes | Path:
+    """What a cell of an audio column holds: bytes, a path, or a struct of both, as `datasets` writes it.
 
     Raises:
-        audio.AudioError: as `audio.decode`, and `path outside its root`.
+        audio.AudioError: neither, and `path outside its root`.
     """
     data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
     if isinstance(data, bytes):
-        return audio.decode(data)
+        return data
     if not isinstance(name, str):
         raise audio.AudioError(audio.MISSING_FILE, "neither bytes nor a path")
     path, problem = check(name)
     if problem is not None:
-        raise audio.AudioError("path outside its root", problem)
-    return audio.decode(Path(path))
+        raise audio.AudioError(audio.OUTSIDE, problem)
+    if problem := check.leads_out(path):
+        raise audio.AudioError(audio.OUTSIDE, problem)
+    return Path(path)
 
 
 def open_table(source: TableSource) -> Listing:
