@@ -269,7 +269,13 @@ def _with_unit_size(recipe: Recipe, run: RunDir, corpus: Corpus, parallel: Paral
 
 
 def plan_of(recipe: Recipe, corpus: Corpus) -> Plan:
-    """The plan that a training of this recipe follows."""
+    """The plan that a training of this recipe follows.
+
+    Raises:
+        RecipeError: the size of units is left to a training, which asks its device.
+    """
+    if recipe.unit_audio_s == "auto":
+        raise RecipeError("unit_audio_s: auto: a training finds it on its device; give a number to plan with")
     return _make_plan(recipe, corpus, load_model_config(recipe.model, recipe.trust_remote_code, corpus.vocabulary))
 
 

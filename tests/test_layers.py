@@ -25,8 +25,8 @@ LAYERS = (
     data.shards data.shard_pool data.summary data.finish data.corpus data.stage
     data.spec_augment data.batch data.loader""",
     "model_config chunked_encoder speech_model model compiling strategy unit_probe live_state checkpoint restore score",
-    """job training_log loop prepare prepare_share fetch samples new_file new train trained selfcheck eval_data evaluate model_card
-    export transcribe __main__""",
+    """job training_log loop prepare prepare_share fetch samples new_file new train trained selfcheck eval_data evaluate
+    model_card export transcribe __main__""",
 )
 LAYER_OF = {
     f"asr_train.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names.split()
