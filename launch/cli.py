@@ -35,6 +35,7 @@ VERBS = {
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
     "why": Verb("launch.status:why", "why the last attempt of a run ended, with the evidence"),
+    "report": Verb("launch.report.verb:main", "what a run did, as one page that opens offline; several are compared"),
     "logs": Verb("launch.logs:main", "what the ranks of a run wrote, and which failed first"),
     "stop": Verb("launch.requests:stop", "have a training save and stop"),
     "save": Verb("launch.requests:save", "have a training save and go on"),

@@ -16,11 +16,11 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 LAYERS = (
     """__init__ config errors files geometry lock recipe resources run_dir state checkpoints stop
     phase estimate captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
-    data.plan""",
+    data.plan data.audio data.corpus""",
     """progress metrics loss optim safe_load generators
-    data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
+    data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
     data.sources
-    data.shards data.shard_pool data.summary data.finish data.corpus data.stage
+    data.shards data.shard_pool data.summary data.finish data.stage
     data.spec_augment data.batch data.loader""",
     "model_config speech_model model strategy live_state checkpoint restore score",
     """loop prepare prepare_share fetch samples train trained selfcheck eval_data evaluate model_card export transcribe
