@@ -37,7 +37,8 @@ def test_every_part_runs_without_a_gpu_and_its_bars_stay_open(tmp_path):
 def test_a_part_that_is_measured_later_joins_those_that_were(gpu, tmp_path, monkeypatch, capsys):
     """And one that fails says why, in its row."""
     failed = {"shape": "base", "precision": "bf16", "checkpointing": False, "failed": "OutOfMemoryError: | no more"}
-    monkeypatch.setattr(gpu, "PARTS", {"models": lambda bench: [failed], "ctc": lambda bench: []})
+    monkeypatch.setitem(gpu.PARTS, "models", lambda bench: [failed])
+    monkeypatch.setitem(gpu.PARTS, "ctc", lambda bench: [])
     monkeypatch.setattr(gpu, "Bench", lambda *_, **__: None)
     monkeypatch.setattr(gpu, "_in_a_process", lambda function: {"value": None})
     out = tmp_path / "gpu.json"
@@ -46,6 +47,7 @@ def test_a_part_that_is_measured_later_joins_those_that_were(gpu, tmp_path, monk
     parts = json.loads(out.read_text())["parts"]
     assert parts["models"]["rows"] == [failed]
     assert parts["ctc"]["rows"] == []
+    assert parts["trainer"] is None
     assert "OutOfMemoryError: / no more" in capsys.readouterr().out
 
 
