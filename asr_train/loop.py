@@ -86,6 +86,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
     recipe, plan, parallel = job.recipe, job.plan, job.parallel
     clock = _Clock(state)
     saves = _Saves(job, state, is_saved=is_saved)
+    parallel.module.train()  # an evaluation puts it back to this
     with (
         TrainingProgress(start_step=state.step, max_steps=job.max_steps, is_shown=job.is_main) as progress,
         _loader(job, state) as turns,
@@ -103,8 +104,6 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             epoch, step = state.position(plan.steps_per_epoch)
             num_utterances = plan.num_utterances_in(epoch, step)
             parallel.module.transformer_frozen = state.step < recipe.model.freeze_transformer_steps
-            if not parallel.module.training:  # after an evaluation; it walks over all modules
-                parallel.module.train()
             lr = apply_schedule(
                 parallel.optimizer,
                 recipe.optim,
