@@ -12,6 +12,8 @@ SPEECH_PACKAGES := asterisk-core-sounds-en-wav asterisk-core-sounds-en
 # A real cluster, and a database for its accounting, that tests start; and what shows the order of system calls.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
 TRACE_PACKAGES := strace
+# A browser that opens the report, and what reads the PDF that it prints.
+PAGE_PACKAGES := chromium chromium-driver fonts-dejavu-core poppler-utils
 
 .PHONY: demo test test-exhaustive lint docs clean
 
@@ -19,7 +21,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/dev.installed
-	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES) $(TRACE_PACKAGES)
+	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES) $(TRACE_PACKAGES) $(PAGE_PACKAGES)
 	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
 
 # Every fault at every point, on every rank, under every strategy: hours.

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -251,8 +251,13 @@ def read_metrics(run: RunDir) -> Iterator[dict[str, Any]]:
 
     What an attempt did beyond the checkpoint that the next one started from is no part of the run.
     """
+    yield from kept_lines(read_jsonl(run.metrics))
+
+
+def kept_lines(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of the lines of metrics.jsonl, in their order, those that `read_metrics` gives."""
     last: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in read_jsonl(run.metrics):
+    for line in lines:
         if line.get("event") in ("started", "restored"):
             last = {key: kept for key, kept in last.items() if key[0] <= line["step"]}
         elif "event" not in line:

@@ -42,6 +42,7 @@ VERBS = {
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
     "watch": Verb("launch.watch:main", "trainings as they go on, here or on a cluster, from their files"),
     "why": Verb("launch.status:why", "why the last attempt of a run ended, with the evidence"),
+    "report": Verb("launch.report.verb:main", "what a run did, as one page that opens offline; several are compared"),
     "logs": Verb("launch.logs:main", "what the ranks of a run wrote, and which failed first"),
     "stop": Verb("launch.requests:stop", "have a training save and stop"),
     "save": Verb("launch.requests:save", "have a training save and go on"),

@@ -18,11 +18,11 @@ LAYERS = (
     config errors files geometry lock recipe resources run_dir state checkpoints stop
     phase ledger run_ledger estimate memory_estimate auto_unit
     captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
-    data.plan""",
+    data.plan data.audio data.corpus""",
     """progress prometheus peer_wait metrics memory_error loss optim safe_load generators conv_layout
-    data.audio data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
+    data.rows data.manifests data.hub data.tables data.folders data.demo_grammar data.demo data.telephone
     data.sources data.find_source data.look
-    data.shards data.shard_pool data.summary data.finish data.corpus data.stage
+    data.shards data.shard_pool data.summary data.finish data.stage
     data.spec_augment data.batch data.loader""",
     "model_config chunked_encoder speech_model model compiling strategy unit_probe live_state checkpoint restore score",
     """job training_log loop prepare prepare_share fetch samples new_file new train trained selfcheck eval_data evaluate
