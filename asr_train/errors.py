@@ -87,6 +87,7 @@ EXIT_MEANINGS = {  # for the reference of all verbs
     EXIT_STOPPED: "stopped on request, with a committed checkpoint",
     EXIT_FAILED: "failed",
     EXIT_NO_CHECKPOINT: "there are checkpoints, and none can be used",
+    EXIT_OUT_OF_MEMORY: "out of memory: a unit, or the update, does not fit",
 }
 
 

@@ -59,7 +59,8 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             epoch, step = state.position(plan.steps_per_epoch)
             num_utterances = plan.num_utterances_in(epoch, step)
             parallel.module.transformer_frozen = state.step < recipe.model.freeze_transformer_steps
-            parallel.module.train()
+            if not parallel.module.training:  # after an evaluation; it walks over all modules
+                parallel.module.train()
             lr = apply_schedule(
                 parallel.optimizer,
                 recipe.optim,

@@ -124,6 +124,21 @@ def test_normalisation_is_exact_at_full_scale():
     assert batch.scale.item() == np.float32(1 / np.sqrt(wave.var() + 1e-7))
 
 
+def test_only_the_waveforms_travel_as_a_tensor():
+    """The others would each be a shared file with a connection of its own; see `Batch.__getstate__`."""
+    batch = batch_of([16000, 12000], SETTINGS, 5)
+    assert [name for name, value in batch.__getstate__().items() if isinstance(value, torch.Tensor)] == ["waveforms"]
+    copied = vars(pickle.loads(pickle.dumps(batch)))
+    assert list(copied) == list(vars(batch))
+    for name, value in vars(batch).items():
+        assert type(copied[name]) is type(value), name
+        if isinstance(value, torch.Tensor):
+            assert copied[name].dtype == value.dtype, name
+            assert torch.equal(copied[name], value), name
+        else:
+            assert np.array_equal(copied[name], value), name
+
+
 # --- the masks against transformers' ---
 
 
