@@ -195,6 +195,7 @@ _STEPS: Final[dict[str, Callable[[Ended], Iterator[Step]]]] = {
     "ls": _after_ls,
     "status": _after_status,
     "why": _after_why,
+    "watch": _nothing,  # who watched knows
     "report": _after_report,
     "logs": _after_logs,
     "stop": _after_request,
