@@ -46,6 +46,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
     ):
         log = TrainingLog(job, state, progress)
         saves = _Saves(job, state, log, progress, is_saved=is_saved)
+        parallel.module.train()
         while True:
             # 1. What is due between two steps; an evaluation that a stop came before is made up for here.
             if _evaluate_and_save(job, state, saves, progress):
@@ -59,8 +60,6 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             epoch, step = state.position(plan.steps_per_epoch)
             num_utterances = plan.num_utterances_in(epoch, step)
             parallel.module.transformer_frozen = state.step < recipe.model.freeze_transformer_steps
-            if not parallel.module.training:  # after an evaluation; it walks over all modules
-                parallel.module.train()
             lr = apply_schedule(
                 parallel.optimizer,
                 recipe.optim,
@@ -239,6 +238,7 @@ def _evaluate_and_save(job: Job, state: TrainState, saves: _Saves, progress: Tra
     if is_evaluated:
         with job.ledger.within("evaluation"):
             is_best = _evaluate(job, state, progress)
+        job.parallel.module.train()  # here and not in each step, for it walks over all modules
     is_saving = due(parse_cadence(recipe.checkpoint.every), state.step, steps_per_epoch)
     is_last = _is_over(job, state)
     if is_saving or (is_best and recipe.checkpoint.save_best) or is_last:
