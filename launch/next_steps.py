@@ -65,6 +65,7 @@ def _after_train(ended: Ended) -> Iterator[Step]:
     run = _run_of(ended)
     if ended.exit_code == EXIT_DONE:
         yield Step(f"wavefleet evaluate {run}", "its errors, and the worst utterances")
+        yield Step(f"wavefleet report {run}", "a page of what it did, which opens offline")
         yield Step(f"wavefleet export {run}", "a model folder that transformers loads")
     elif ended.exit_code == EXIT_STOPPED:
         yield Step(f"wavefleet train {_words(*ended.rest)}", "goes on where it stopped")
@@ -121,6 +122,12 @@ def _after_status(ended: Ended) -> Iterator[Step]:
 
 def _after_why(ended: Ended) -> Iterator[Step]:
     yield Step(f"wavefleet logs {_quoted(ended.options.run)} --first-error", "the log around the first error")
+
+
+def _after_report(ended: Ended) -> Iterator[Step]:
+    runs = ended.options.runs
+    if ended.exit_code == EXIT_DONE and len(runs) == 1 and ended.options.audio is None:
+        yield Step(f"wavefleet report {_quoted(runs[0])} --audio", "the same, with recordings of the worst utterances")
 
 
 def _after_logs(ended: Ended) -> Iterator[Step]:
@@ -188,6 +195,8 @@ _STEPS: Final[dict[str, Callable[[Ended], Iterator[Step]]]] = {
     "ls": _after_ls,
     "status": _after_status,
     "why": _after_why,
+    "watch": _nothing,  # who watched knows
+    "report": _after_report,
     "logs": _after_logs,
     "stop": _after_request,
     "save": _after_request,

@@ -16,7 +16,9 @@ from rich_run import MAX_STEPS, write_rich_run
 
 from asr_train.data.corpus import Corpus
 from asr_train.files import append_jsonl
+from asr_train.ledger import PARTS
 from asr_train.run_dir import RunDir
+from asr_train.run_ledger import read_run_ledger
 from launch import cli
 from launch.report import charts, rows
 from launch.report.bars import balance_chart, hours_chart, timeline_chart
@@ -120,6 +122,17 @@ def test_the_ledger_adds_up_to_the_wall_time_and_says_what_each_second_went_to(m
     assert hours.wall_s == pytest.approx(truth.wall_s, rel=1e-6)
     assert hours.spent_s == pytest.approx(dict(truth.spent_s), rel=1e-6, abs=1e-3)
     assert hours.rank_s["compute_s"] == pytest.approx(4 * truth.spent_s["compute_s"])
+
+
+def test_the_page_and_status_say_the_same_of_the_attempts(made):
+    """They differ in the time around attempts: `status` has no start without one, and no wait for the first."""
+    run, _ = made
+    told = read_run_ledger(run)
+    spent_s = sort_hours(read_lives(read_record(run))).spent_s
+    for part in set(PARTS) - {"startup"}:
+        assert spent_s[f"{part}_s"] == pytest.approx(told.parts[part]), part
+    assert spent_s["lost_s"] == pytest.approx(told.parts["lost_steps"])
+    assert spent_s["startup_s"] == pytest.approx(told.parts["startup"] + 5), "of the start that came to nothing"
 
 
 def test_without_a_ledger_the_training_lines_are_sorted_and_still_add_up(tiny_recipe, tiny_corpus, pairs, tmp_path):
