@@ -35,7 +35,7 @@ def main(recipe: str) -> None:
         seconds[f"import {library}"] = time.monotonic() - start
     start = time.monotonic()
     train: Any = importlib.import_module("asr_train.train")
-    loop: Any = importlib.import_module("asr_train.loop")
+    log: Any = importlib.import_module("asr_train.training_log")
     seconds["import asr_train, and what else it needs"] = time.monotonic() - start
 
     def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def main(recipe: str) -> None:
         begun = time.monotonic()
         return fit(*arguments, **options)
 
-    def log_step(*arguments: Any, **options: Any) -> None:
+    def end_step(*arguments: Any, **options: Any) -> None:
         now = time.monotonic()
         seconds[_FIRST_STEP] = now - begun
         seconds["all else"] = now - _BEGUN_S - sum(seconds.values())
@@ -68,7 +68,7 @@ def main(recipe: str) -> None:
         sys.stdout.flush()
         os._exit(0)  # nothing is to be saved
 
-    train.fit, loop._log_step = fit_once, log_step
+    train.fit, log.TrainingLog.end_step = fit_once, end_step
     train.main([recipe])
 
 

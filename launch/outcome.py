@@ -28,7 +28,7 @@ from launch.verdict import RETRY, Evidence, Exclusion, History, Line, Policy, Ve
 
 _DEFAULT: Final = Policy()
 _MAX_NAMED = 20  # utterances in a message
-_LOSS_OF = re.compile(r"step (\d+) \(loss of (.+?)\); checkpoints")  # `loop._count_skip`
+_LOSS_OF = re.compile(r"step (\d+) \(loss of (.+?)\); checkpoints")  # `training_log.count_skip`
 
 
 def judge(evidence: Evidence, history: History = (), policy: Policy = _DEFAULT) -> Verdict:

@@ -226,8 +226,8 @@ def run(world, command, environ=None):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PATH": path}
         done = subprocess.run(
-            ["bash", "-c", text], cwd=world, env={**os.environ, **settings, **(environ or {})}, check=False, timeout=120,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ["bash", "-c", text], cwd=world, env={**os.environ, **settings, **(environ or {})}, check=False,
+            timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         code, out = done.returncode, done.stdout
     assert code == 0, f"{text}\nended with {code}:\n{out}"
