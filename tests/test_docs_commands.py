@@ -224,10 +224,10 @@ def run(world, command, environ=None):
         code, out = forked(lambda: run_main(program, words[3:]), world, environ)
     else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PATH": path}
+        one_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PATH": path}
         done = subprocess.run(
-            ["bash", "-c", text], cwd=world, env={**os.environ, **settings, **(environ or {})}, check=False, timeout=120,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ["bash", "-c", text], cwd=world, env={**os.environ, **one_cpu, **(environ or {})}, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
         code, out = done.returncode, done.stdout
     assert code == 0, f"{text}\nended with {code}:\n{out}"
