@@ -299,7 +299,9 @@ def has(path, what):
 
 
 def test_what_is_not_run_is_little_and_says_why():
-    reasons = {found.text: found.not_run for block in SHELL_BLOCKS for found in commands(block) if found.not_run}
+    found = [command for block in SHELL_BLOCKS for command in commands(block)]
+    are_run = {command.text for command in found if command.not_run is None}
+    reasons = {command.text: command.not_run for command in found if command.text not in are_run}
     print("\nnot run:", *(f"  {text}: {reason}" for text, reason in reasons.items()), sep="\n")
     assert len(reasons) <= MAX_NOT_RUN, reasons
 
