@@ -224,10 +224,10 @@ def run(world, command, environ=None):
         code, out = forked(lambda: run_main(program, words[3:]), world, environ)
     else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PATH": path}
+        one_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PATH": path}
         done = subprocess.run(
-            ["bash", "-c", text], cwd=world, env={**os.environ, **settings, **(environ or {})}, check=False,
-            timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ["bash", "-c", text], cwd=world, env={**os.environ, **one_cpu, **(environ or {})}, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
         code, out = done.returncode, done.stdout
     assert code == 0, f"{text}\nended with {code}:\n{out}"
@@ -299,7 +299,9 @@ def has(path, what):
 
 
 def test_what_is_not_run_is_little_and_says_why():
-    reasons = {found.text: found.not_run for block in SHELL_BLOCKS for found in commands(block) if found.not_run}
+    found = [command for block in SHELL_BLOCKS for command in commands(block)]
+    are_run = {command.text for command in found if command.not_run is None}
+    reasons = {command.text: command.not_run for command in found if command.text not in are_run}
     print("\nnot run:", *(f"  {text}: {reason}" for text, reason in reasons.items()), sep="\n")
     assert len(reasons) <= MAX_NOT_RUN, reasons
 
