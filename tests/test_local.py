@@ -274,4 +274,4 @@ def test_accelerate_launch_alone_hands_the_config_to_the_program(tmp_path, name,
 def test_a_live_run_is_refused(machine, recipe, tmp_path):
     run = RunDir(tmp_path / "run")
     with run.lock(), pytest.raises(RunError, match=f"pid {os.getpid()} on"):
-        local._claim(run, recipe, allow_change=False, takes_change=False)
+        local.claim(run, recipe, allow_change=False, takes_change=False)
