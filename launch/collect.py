@@ -20,7 +20,8 @@ from launch.starts import Start, history, write_verdict
 from launch.verdict import Evidence, NodeReport, Policy, Verdict
 
 _BY_SAME_COMMAND: Final = Policy(retry_with="the same command")
-_ON_THIS_MACHINE: Final = replace(_BY_SAME_COMMAND, max_excluded_hosts=0)  # there is no other node
+# There is no other node; and who started it is likely to sit before it: one try more, soon.
+_ON_THIS_MACHINE: Final = replace(_BY_SAME_COMMAND, max_excluded_hosts=0, network_waits_s=(30.0,))
 _TAIL_BYTES = 16_384
 
 

@@ -57,7 +57,8 @@ def _backed_off(finding: Finding, attempt: Attempt, history: History, policy: Po
     tried = sum(verdict.kind == "network" for verdict in past)
     if tried < len(policy.network_waits_s):
         return replace(finding, wait_s=policy.network_waits_s[tried])
-    advice = f"{tried} tries did not help. Look at the network between the nodes, then {RETRY}"
+    tries = "Another try" if tried == 1 else f"{tried} tries"
+    advice = f"{tries} did not help. Look at the network, then {RETRY}"
     return replace(finding, action="stop", advice=advice)
 
 

@@ -310,6 +310,7 @@ def test_network_waits_longer_each_time_then_stops():
     for _ in range(3):
         history.append(judge(evidence(all_of(lost())), history, policy))
     assert [(past.action, past.wait_s) for past in history] == [("retry", 10), ("retry", 60), ("stop", 0)]
+    assert "2 tries did not help" in history[-1].message
     again = judge(evidence(all_of(lost()), committed_step=110), history, policy)
     assert (again.action, again.wait_s) == ("retry", 10)
 
