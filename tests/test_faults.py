@@ -118,7 +118,7 @@ def test_every_command_lists_all_errors_of_a_recipe_at_once(tiny_recipe, tmp_pat
         "seed: '[' is not a YAML value",
         "data.train.path.deep: data.train.path is a value, it has no keys",
         "max_steps.deep: max_steps is a value, it has no keys",
-        "unit_audio_s: nan: should be a finite number",
+        "unit_audio_s: nan: should be a number greater than 0, or auto",
         "name: '../up': should match",
         "max_steps: 2.5: should be a valid integer",
         "sed: no such field; did you mean seed?",
@@ -336,7 +336,7 @@ def test_a_disk_that_fills_up_while_preparing(own, tmp_path):
         return said, kept, leftovers, again, after
 
     said, kept, leftovers, again, after = on_small_disk(disk, "300k", story)
-    check_refused(said, EXIT_FAILED, f"corpus {disk}", "No space left on device", "what is done is kept")
+    check_refused(said, EXIT_FAILED, f"corpus {disk}", "the disk is full", "what is done is kept")
     assert 0 < len(kept) < 8
     assert leftovers == []
     assert again.code == EXIT_DONE, again.err
