@@ -130,7 +130,7 @@ def test_verbose_shows_the_commands_that_are_started(capfd):
 def test_a_training_shows_no_bar_and_no_lines_when_quiet(capsys):
     def shown(_):
         with TrainingProgress(start_step=0, max_steps=2, is_shown=True) as progress:
-            progress.log({"step": 1, "loss": 2.5, "audio_s_per_s": 10.0})
+            progress.log({"step": 1, "loss": 2.5, "audio_s_per_s": 10.0, "memory_bytes": 1e9}, {"compute": 0.9})
         return 0
 
     run_main(shown, [])
