@@ -14,10 +14,12 @@ from asr_train.disk import is_full, no_room
 from asr_train.verbosity import is_quiet, taken
 
 EXIT_DONE = 0
+EXIT_DEFECT = 1  # Python's, with a traceback
 EXIT_USAGE = 2  # the command line or the recipe
 EXIT_STOPPED = 3  # stopped on request, with a committed checkpoint
 EXIT_FAILED = 4
 EXIT_NO_CHECKPOINT = 5  # checkpoints exist, none can be used
+EXIT_INTERRUPTED = 130  # as shells say it
 EXIT_OUT_OF_MEMORY = 6  # a unit, or the update, does not fit into memory
 
 
@@ -81,13 +83,16 @@ def warn(text: str) -> None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  open to the end
 
 
-EXIT_MEANINGS = {  # for the reference of all verbs
+EXIT_MEANINGS = {  # of every verb, for its reference
     EXIT_DONE: "done",
-    EXIT_USAGE: "the command line or the recipe is wrong, or another live training has the run",
+    EXIT_DEFECT: "a defect of this program; it ends with a traceback, which belongs into a report",
+    EXIT_USAGE: "the command line or the recipe is wrong, a library that the recipe asks for is not installed, or the"
+    " run does not allow this: it is live, or of another recipe",
     EXIT_STOPPED: "stopped on request, with a committed checkpoint",
-    EXIT_FAILED: "failed",
+    EXIT_FAILED: "failed: data, model, disk, hub or Slurm; the message says which",
     EXIT_NO_CHECKPOINT: "there are checkpoints, and none can be used",
     EXIT_OUT_OF_MEMORY: "out of memory: a unit, or the update, does not fit",
+    EXIT_INTERRUPTED: "Ctrl-C, where there was nothing to save",
 }
 
 
