@@ -34,13 +34,13 @@ _REMEDIES: Final = {
     "OfflineModeIsEnabled": (
         "HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or name a folder on this machine"
     ),
-    "LocalEntryNotFoundError": (
-        "the hub cannot be reached from here, and it is not in the cache; fetch it where there is internet with "
-        "`python -m asr_train.fetch RECIPE` and the same HF_HOME, or name a folder on this machine"
-    ),
 }
 """Name of an exception, of huggingface_hub's, datasets' or Python's -> what to do."""
-_UNREACHABLE: Final = {"ConnectionError", "ConnectError", "TimeoutException", "gaierror"}
+_UNREACHABLE_REMEDY: Final = (
+    "the hub cannot be reached from here, and it is not in the cache; fetch it where there is internet with "
+    "`python -m asr_train.fetch RECIPE` and the same HF_HOME, or name a folder on this machine"
+)
+_UNREACHABLE: Final = {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "TimeoutException", "gaierror"}
 
 
 LIBRARIES: Final = tuple(_LIBRARIES)
@@ -66,18 +66,18 @@ def need(module: str, what_for: str) -> None:
 
 def remedy(error: BaseException) -> str | None:
     """What an error of a library means and what to do, with its own first line; None where that is not known."""
-    for cause in _causes(error):
-        kinds = {kind.__name__ for kind in type(cause).__mro__}
-        for name, remedy in _REMEDIES.items():
-            if name in kinds:
-                return f"{remedy} ({_first_line(error)})"
+    causes = list(_causes(error))
+    for cause in causes:
+        for kind in type(cause).__mro__:
+            if (known := _REMEDIES.get(kind.__name__)) is not None:
+                return f"{known} ({_first_line(error)})"
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403):
             return f"the hub refused ({status}): {_LOGIN}, to an account that may read it ({_first_line(error)})"
         if isinstance(cause, OSError) and is_full(cause):
             return no_room(cause)
-    if any(kind.__name__ in _UNREACHABLE for cause in _causes(error) for kind in type(cause).__mro__):
-        return f"{_REMEDIES['LocalEntryNotFoundError']} ({_first_line(error)})"
+    if any(kind.__name__ in _UNREACHABLE for cause in causes for kind in type(cause).__mro__):
+        return f"{_UNREACHABLE_REMEDY} ({_first_line(error)})"
     return None
 
 

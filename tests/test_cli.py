@@ -40,7 +40,11 @@ def test_no_verb_prints_the_help_and_fails(capsys):
 
 @pytest.mark.parametrize(
     ("typed", "answer"),
-    [("trian", "did you mean train?"), ("transcibe", "did you mean transcribe?"), ("fly", "known: show, prepare,")],
+    [
+        ("trian", "did you mean train?"),
+        ("transcibe", "did you mean transcribe?"),
+        ("fly", "known: new, show, prepare,"),
+    ],
 )
 def test_unknown_verb_names_the_nearest(capsys, typed, answer):
     assert cli.main([typed, "demo"]) == 2

@@ -100,7 +100,7 @@ def _folder(path: Path) -> Found:
 
 def _common_voice(path: Path) -> Found | None:
     """clips/ and train.tsv, here or one or two folders down: cv-corpus-17.0/tr."""
-    roots = [root for root in _levels(path, 2) if (root / "clips").is_dir() and any(root.glob("*.tsv"))]
+    roots = [root for root in _levels(path, 2) if (root / "clips").is_dir() and _has_speakers(root)]
     if not roots:
         return None
     if len(roots) > 1:
@@ -116,6 +116,15 @@ def _common_voice(path: Path) -> Found | None:
 
     others = [] if train == "validated" else [split for split in ("dev", "test") if split in splits]
     return Found(what="Common Voice's tree", train=(source(train),), sets={split: source(split) for split in others})
+
+
+def _has_speakers(root: Path) -> bool:
+    """Whether the tables are Common Voice's, whose first column is client_id, and no others beside a folder clips/."""
+    for table in root.glob("*.tsv"):
+        with table.open(encoding="utf-8-sig", errors="replace") as stream:
+            if stream.readline().split("\t")[0] == "client_id":
+                return True
+    return False
 
 
 def _librispeech(path: Path) -> Found | None:
