@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_benchmarks import check_committed, load, run
+from test_benchmarks import load, run
 
 memory = load("memory")
 
@@ -45,10 +45,3 @@ def test_checkpointing_is_seen_to_keep_less(smoke):
     for (name, checkpointing, *rest), measured in rows.items():
         if checkpointing:
             assert measured < rows[(name, False, *rest)]
-
-
-def test_the_committed_result_and_its_table(smoke):
-    check_committed("memory", smoke[0])
-    committed = json.loads(memory.RESULTS.read_text(encoding="utf-8"))
-    assert not committed["smoke"]
-    assert committed["bars"] == memory.bars(committed["rows"])
