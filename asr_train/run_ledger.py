@@ -67,8 +67,10 @@ def read_run_ledger(run: RunDir) -> RunLedger | None:
     numbers = range(1, run.newest_attempt() + 1)
     records = {}
     for number in numbers:
-        with suppress(OSError, ValueError):
-            records[number] = run.attempt_record(number)
+        with suppress(OSError, ValueError):  # torn by a full disk
+            record = run.attempt_record(number)
+            if "started" in record:
+                records[number] = record
     found: list[AttemptLedger] = []
     for number, record in records.items():
         later = [next_ for next_ in records if next_ > number]

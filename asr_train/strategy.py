@@ -227,7 +227,8 @@ def prepare(accelerator: Accelerator, model: SpeechModel, optimizer: torch.optim
     return Parallel(
         accelerator=accelerator,
         model=wrapped,
-        module=accelerator.unwrap_model(wrapped),
+        # accelerate's unwrap_model would import DeepSpeed, where it is installed, for half a second
+        module=wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped,
         optimizer=stepper.optimizer,
         stepper=stepper,
         peer_wait=peer_wait,

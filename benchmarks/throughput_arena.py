@@ -1,7 +1,9 @@
 """Processes that train by turns: one a rank for each variant, copies of this one, which has imported everything."""
 
+import ctypes
 import gc
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,6 +21,7 @@ from throughput_variants import VARIANTS, Baton, Slice, Task
 
 from asr_train.errors import WavefleetError
 from asr_train.geometry import SAMPLE_RATE
+from asr_train.stop import PR_SET_PDEATHSIG
 
 _Key = TypeVar("_Key")
 _ENVIRONMENT = {
@@ -139,6 +142,8 @@ def by_turns(found: Mapping[_Key, Contestant], rounds: int, steps: int) -> dict[
 
 def _be_rank(variant: str, task: Task, rank: int, port: int, connection: Connection, begin_s: float) -> None:
     """The life of a forked rank: it trains until it is killed; an error goes back as text."""
+    _die_with_parent()
+    os.register_at_fork(after_in_child=_die_with_parent)  # a loader's worker stands still, and sees nobody go
     os.environ.update(_ENVIRONMENT)
     if task.world_size > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": task.world_size, "LOCAL_WORLD_SIZE": task.world_size}
@@ -150,6 +155,10 @@ def _be_rank(variant: str, task: Task, rank: int, port: int, connection: Connect
         VARIANTS[variant].train(task, Baton(connection, begin_s))
     except BaseException:
         connection.send(traceback.format_exc())
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _be_silent() -> None:

@@ -93,7 +93,9 @@ def test_exit_codes_through_wavefleet_and_through_accelerate(recipe_file, tmp_pa
     wild = ["optim.lr=1e30", "optim.max_grad_norm=null", "limits.max_skipped_steps=2"]
     failed = run([*ours, *wild, f"run_dir={tmp_path / 'c'}"])
     assert failed.returncode == 4
-    assert "2 steps in a row were not finite" in failed.stderr.splitlines()[-1] + failed.stderr.splitlines()[-2]
+    *said, why, again = failed.stderr.splitlines()
+    assert "2 steps in a row were not finite" in said[-1] + said[-2]
+    assert ("wavefleet why" in why, "wavefleet train" in again) == (True, True)  # what may be done next
     assert run([*plain, *wild, f"run_dir={tmp_path / 'd'}"]).returncode == 1
 
     for folder in ("a", "b"):
