@@ -4,9 +4,11 @@ The parts are measured on the host, without asking the device anything; what a s
 turns without a unit, waiting inside a backward) is taken out of its compute once the step is over.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal, get_args
 
@@ -28,7 +30,7 @@ class Ledger:
     """
 
     def __init__(self, *, quadratic: float, age_s: float | None = None) -> None:
-        age_s = time.time() - psutil.Process().create_time() if age_s is None else age_s
+        age_s = _age_s() if age_s is None else age_s
         self._quadratic = quadratic
         self._seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         self._part: Part = "startup"
@@ -100,6 +102,16 @@ class _Costs:
 
     def __init__(self) -> None:
         self.all = self.padding = self.idle = 0.0
+
+
+def _age_s() -> float:
+    """How old this process is. Linux knows it to 10 ms; the time of day at which it began, only to a second."""
+    try:
+        after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        begun_s = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # `starttime` of proc(5), since boot
+        return float(time.clock_gettime(time.CLOCK_BOOTTIME)) - begun_s
+    except (OSError, AttributeError):
+        return time.time() - psutil.Process().create_time()
 
 
 def stragglers(ranks: Sequence[dict[str, Any]]) -> list[float]:

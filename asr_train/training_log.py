@@ -63,7 +63,8 @@ class TrainingLog:
         self._job, self._state, self._progress = job, state, progress
         self._spent_before_s = Counter(state.spent_s)
         self._has_data = False
-        self._hosts: list[str] = []
+        self._hosts: list[str] = _of_all_ranks(socket.gethostname(), job.parallel.world_size)
+        self._has_begun = False
         self.restart()
 
     def restart(self) -> None:
@@ -75,8 +76,8 @@ class TrainingLog:
 
     def begin_step(self) -> None:
         """A step begins; the attempt's first ends its start-up."""
-        if not self._hosts:
-            self._hosts = _of_all_ranks(socket.gethostname(), self._job.parallel.world_size)
+        if not self._has_begun:
+            self._has_begun = True
             self.write_ledger()
             self.restart()
         self._job.ledger.begin_step()

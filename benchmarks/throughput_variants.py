@@ -37,7 +37,6 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 import asr_train.train
 from asr_train.data.batch import input_values, make_batch
 from asr_train.data.plan import Plan
-from asr_train.estimate import quadratic_share
 from asr_train.loss import ctc_losses
 from asr_train.model import build_model
 from asr_train.phase import Phase, PhaseFile
@@ -203,7 +202,7 @@ def train_bare(task: Task, baton: Baton) -> None:
     recipe = decode_recipe(task.recipe_values)
     corpus = prepare(recipe, progress=False)
     module = build_model(recipe, corpus.vocabulary, say=lambda text: None)
-    plan = _make_plan(recipe, corpus, quadratic_share(module.hf.config.to_dict()))
+    plan = _make_plan(recipe, corpus, module.hf.config)
     model: Any = module
     rank = int(os.environ.get("RANK", "0"))
     if task.world_size > 1:

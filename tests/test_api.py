@@ -110,7 +110,7 @@ def test_changes_arrive_as_they_were_given(tiny_recipe, key, value):
         changed = changed[name]
     expected = json.loads(json.dumps(value, default=str))
     if key == "eval.sets":
-        assert changed["dev"]["path"] == expected["dev"]["path"]
+        assert changed["dev"][0]["path"] == expected["dev"]["path"]
     else:
         assert changed == expected
 
