@@ -111,7 +111,7 @@ def _age_s() -> float:
         begun_s = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # `starttime` of proc(5), since boot
         return float(time.clock_gettime(time.CLOCK_BOOTTIME)) - begun_s
     except (OSError, AttributeError):
-        return time.time() - psutil.Process().create_time()
+        return float(time.time() - psutil.Process().create_time())
 
 
 def stragglers(ranks: Sequence[dict[str, Any]]) -> list[float]:
