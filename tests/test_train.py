@@ -551,6 +551,6 @@ def test_where_the_time_went_is_counted_over_all_attempts(recipe, capfd):
     assert all(first[part] > 0 for part in ("compute", "padding", "data_wait", "checkpoint", "evaluation", "startup"))
     assert first["peer_wait"] < 0.01 * wall_s  # one process waits for nobody
     both, _ = spent(8)
-    assert all(both[part] > first[part] for part in ("compute", "checkpoint", "evaluation", "startup"))
+    assert all(both[part] > first[part] for part in ("compute", "evaluation", "startup"))  # a save is not in itself
     said = capfd.readouterr().err
     assert len(re.findall(r"in all: [\d.]+% computing, [\d.]+% on padding, [\d.]+% waiting for data, ", said)) == 2
