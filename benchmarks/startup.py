@@ -26,7 +26,7 @@ from asr_train.errors import EXIT_DONE, WavefleetError, run_main
 from asr_train.files import write_json
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.run_dir import RunDir, read_metrics
-from launch.placement import usable_gpus
+from launch.node.placement import usable_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "startup.json"

@@ -12,13 +12,14 @@ from asr_train.config import Recipe
 from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, say
 from asr_train.run_dir import RunDir
-from launch import cluster as profiles
-from launch import last_word, slurm, snapshot
 from launch.child import Signals, nobody, run_child
-from launch.cluster_config import Cluster
+from launch.ending.starts import retried
+from launch.jobs import last_word
 from launch.requests import ask
-from launch.settings import ALLOCATION, JobSettings
-from launch.starts import retried
+from launch.site import cluster as profiles
+from launch.site import slurm, snapshot
+from launch.site.cluster_config import Cluster
+from launch.site.settings import ALLOCATION, JobSettings
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # the numbers of salloc's own shell, a batch script and the like
 

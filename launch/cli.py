@@ -30,14 +30,16 @@ VERBS = {
     "new": Verb("asr_train.new:main", "look at your data, and write a commented recipe for it"),
     "show": Verb("launch.show:main", "print a recipe, every field with its meaning"),
     "prepare": Verb(
-        "asr_train.prepare:main", "make the corpus of a recipe: decoded, checked, indexed", "launch.prepare_array:main"
+        "asr_train.prepare:main",
+        "make the corpus of a recipe: decoded, checked, indexed",
+        "launch.jobs.prepare_array:main",
     ),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
-    "submit": Verb("launch.submit:main", "train on a Slurm cluster; the same command again says which job does"),
+    "submit": Verb("launch.jobs.submit:main", "train on a Slurm cluster; the same command again says which job does"),
     "plan": Verb("launch.plan:main", "what a job would be, cost, and when it would start; touches nothing"),
     "doctor": Verb("launch.doctor:main", "what a Slurm cluster can do, and what that means for runs there"),
-    "retry": Verb("launch.submit:retry", "another job for a run that failed, as it was submitted"),
-    "sweep": Verb("launch.sweep:main", "a run for every combination of values, listed with their best WER"),
+    "retry": Verb("launch.jobs.submit:retry", "another job for a run that failed, as it was submitted"),
+    "sweep": Verb("launch.jobs.sweep:main", "a run for every combination of values, listed with their best WER"),
     "ls": Verb("launch.status:list_runs", "every run, and how it is"),
     "status": Verb("launch.status:status", "how a run is: job, step, loss, WER, time left"),
     "watch": Verb("launch.watch:main", "trainings as they go on, here or on a cluster, from their files"),
@@ -47,15 +49,17 @@ VERBS = {
     "stop": Verb("launch.requests:stop", "have a training save and stop"),
     "save": Verb("launch.requests:save", "have a training save and go on"),
     "cancel": Verb("launch.status:cancel", "end a run's job without saving"),
-    "reconcile": Verb("launch.reconcile:main", "look after runs whose jobs are gone; says what, --act does it"),
-    "nodes": Verb("launch.nodes:main", "which nodes of a cluster jobs are kept off, why, until when; add, remove"),
+    "reconcile": Verb("launch.jobs.reconcile:main", "look after runs whose jobs are gone; says what, --act does it"),
+    "nodes": Verb("launch.site.nodes:main", "which nodes of a cluster jobs are kept off, why, until when; add, remove"),
     "checkpoints": Verb("launch.checkpoints:main", "a run's checkpoints: which are whole, which one it goes on from"),
     "evaluate": Verb(
-        "asr_train.evaluate:main", "WER and CER of a run or a model on a data set", "launch.remote:evaluate"
+        "asr_train.evaluate:main", "WER and CER of a run or a model on a data set", "launch.jobs.remote:evaluate"
     ),
     "export": Verb("asr_train.export:main", "make a model folder that transformers loads"),
     "transcribe": Verb(
-        "asr_train.transcribe:main", "audio files in; text, word times or subtitles out", "launch.remote:transcribe"
+        "asr_train.transcribe:main",
+        "audio files in; text, word times or subtitles out",
+        "launch.jobs.remote:transcribe",
     ),
     "completion": Verb("launch.completion:main", "completion of all this in bash, zsh or fish"),
 }

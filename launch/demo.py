@@ -11,8 +11,8 @@ from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import RunDir, read_metrics
 from launch import next_steps
 from launch.child import run_child
-from launch.devices import num_cores
-from launch.placement import usable_gpus
+from launch.node.devices import num_cores
+from launch.node.placement import usable_gpus
 
 _SETS = {
     "heldout_sentences": "by the voices of the training set; expected: at most 10 %",

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError
 from asr_train.run_dir import RunDir
-from launch import probe_job, signal_lead, slurm, slurm_facts
-from launch.cluster import load_cluster, site_folder
-from launch.cluster_config import Cluster
-from launch.diagnosis import Remark, diagnose
-from launch.findings import Findings, continuation, findings, keep, to_json
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
-from launch.signal_lead import Times
-from launch.slurm import SlurmError
-from launch.submit import submissions
+from launch.jobs.submit import submissions
+from launch.site import probe_job, signal_lead, slurm, slurm_facts
+from launch.site.cluster import load_cluster, site_folder
+from launch.site.cluster_config import Cluster
+from launch.site.diagnosis import Remark, diagnose
+from launch.site.findings import Findings, continuation, findings, keep, to_json
+from launch.site.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.site.signal_lead import Times
+from launch.site.slurm import SlurmError
 
 _TIMEOUT_S = 300
 

@@ -13,11 +13,11 @@ from asr_train.recipe import load_recipe, run_directory
 from asr_train.run_dir import START, RunDir, locked_message
 from launch import allocation
 from launch.child import Ended, Signals, run_child, workers
-from launch.collect import conclude
-from launch.hang import HangWatch
-from launch.notify import notify
-from launch.placement import Placement, place
-from launch.starts import Start, next_local, retried
+from launch.ending.collect import conclude
+from launch.ending.starts import Start, next_local, retried
+from launch.jobs.notify import notify
+from launch.node.hang import HangWatch
+from launch.node.placement import Placement, place
 from launch.verdict import Verdict
 
 _POLL_S = 0.2

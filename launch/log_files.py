@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from asr_train.run_dir import RunDir
-from launch.starts import Start
+from launch.ending.starts import Start
 
 _TEED: Final = re.compile(r"^\[\w+\d+\]:")  # torchrun repeats its ranks' lines so
 _HEADING: Final = re.compile(r"^--- (\S+) on \S+ ---$")

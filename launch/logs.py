@@ -11,14 +11,15 @@ from typing import Final
 from asr_train import lock
 from asr_train.errors import EXIT_DONE, RunError
 from asr_train.run_dir import RunDir
-from launch import collect, evidence, signs, slurm
-from launch.evidence import Cause, where
+from launch.ending import collect, evidence, signs
+from launch.ending.evidence import Cause, where
+from launch.ending.signs import Sign
+from launch.ending.starts import Start, starts, verdicts
+from launch.jobs.submit import submissions
 from launch.log_files import LogFile, Reader, log_files
 from launch.runs import open_run
-from launch.signs import Sign
-from launch.slurm import SlurmError
-from launch.starts import Start, starts, verdicts
-from launch.submit import submissions
+from launch.site import slurm
+from launch.site.slurm import SlurmError
 from launch.verdict import Evidence, Verdict
 
 _POLL_S = 0.5

@@ -20,25 +20,27 @@ import psutil
 from asr_train import verbosity
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, WavefleetError, run_main, say
 from asr_train.run_dir import START, RunDir
-from launch import continuation, devices, preflight, slurm
 from launch.child import Signals, nobody, run_child
-from launch.cluster import accelerate_config
-from launch.cluster_config import Cluster, as_bytes
-from launch.collect import conclude
-from launch.hang import HangWatch
-from launch.hardware import GpuWatch
+from launch.ending.collect import conclude
+from launch.ending.starts import Start, starts, verdicts
+from launch.jobs import continuation
+from launch.jobs.notify import notify
 from launch.log_files import heading
-from launch.node_check import Wanted
-from launch.notify import notify
-from launch.placement import Rendezvous, place
-from launch.preflight import Place
-from launch.rendezvous import Meeting, interface_address
+from launch.node import devices, preflight
+from launch.node.hang import HangWatch
+from launch.node.hardware import GpuWatch
+from launch.node.node_check import Wanted
+from launch.node.placement import Rendezvous, place
+from launch.node.preflight import Place
+from launch.node.rendezvous import Meeting, interface_address
+from launch.node.stage import corpus_folder
 from launch.requests import ask
-from launch.settings import JobSettings
-from launch.slurm import JobState, SlurmError
-from launch.snapshot import check_running
-from launch.stage import corpus_folder
-from launch.starts import Start, starts, verdicts
+from launch.site import slurm
+from launch.site.cluster import accelerate_config
+from launch.site.cluster_config import Cluster, as_bytes
+from launch.site.settings import JobSettings
+from launch.site.slurm import JobState, SlurmError
+from launch.site.snapshot import check_running
 from launch.verdict import Verdict
 
 _MEET_S = 120.0  # for node 0 to say where to meet

@@ -17,15 +17,15 @@ from asr_train.config import Recipe
 from asr_train.errors import EXIT_DONE, RecipeError
 from asr_train.recipe import load_recipe, on_hub, read_values, run_directory
 from asr_train.run_dir import RunDir
-from launch import signal_lead, slurm
-from launch.cluster import accelerate_config, environment, load_cluster
-from launch.cluster_config import Cluster
-from launch.findings import continuation, findings
+from launch.jobs.submit import check_size, code_of, kept_off, split_overrides, text
+from launch.node.placement import Placement, Rendezvous
 from launch.node_agent import training_environment
-from launch.placement import Placement, Rendezvous
-from launch.sbatch import python_command
-from launch.slurm import SlurmError
-from launch.submit import check_size, code_of, kept_off, split_overrides, text
+from launch.site import signal_lead, slurm
+from launch.site.cluster import accelerate_config, environment, load_cluster
+from launch.site.cluster_config import Cluster
+from launch.site.findings import continuation, findings
+from launch.site.sbatch import python_command
+from launch.site.slurm import SlurmError
 
 _START = "<job id>.0"
 _ADDRESS, _PORT = "<address of node 0>", "<free port of node 0>"

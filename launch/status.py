@@ -18,13 +18,14 @@ from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir, read_metrics
 from asr_train.run_ledger import read_run_ledger
-from launch import slurm, then
-from launch.collect import judged
-from launch.evidence import where
+from launch.ending.collect import judged
+from launch.ending.evidence import where
+from launch.ending.starts import Start, starts, verdicts
+from launch.jobs import then
+from launch.jobs.submit import submissions
 from launch.runs import open_run
-from launch.slurm import SlurmError
-from launch.starts import Start, starts, verdicts
-from launch.submit import submissions
+from launch.site import slurm
+from launch.site.slurm import SlurmError
 
 _REQUEUE_S = 180.0  # for a job to be back in the queue; it takes longer the longer Slurm's KillWait is
 _POLL_S = 1.0

@@ -17,8 +17,8 @@ from asr_train.files import append_jsonl, write_json
 from asr_train.metrics import align_words
 from asr_train.recipe import recipe_hash
 from asr_train.run_dir import RunDir
-from launch.starts import Start
-from launch.submit import Submission
+from launch.ending.starts import Start
+from launch.jobs.submit import Submission
 from launch.verdict import Line, Verdict
 
 EPOCH = 1_790_000_000.0

@@ -16,7 +16,7 @@ from asr_train.files import read_json, read_jsonl
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir
 from asr_train.train import train
-from launch.submit import submissions
+from launch.jobs.submit import submissions
 
 WAIT_S = 300  # for what takes a minute at most on a machine that has nothing else to do
 

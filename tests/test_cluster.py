@@ -18,8 +18,8 @@ from asr_train import resources
 from asr_train.errors import RecipeError
 from asr_train.recipe import walk
 from launch import cli
-from launch.cluster import accelerate_config, from_json, load_cluster, to_json
-from launch.sbatch import python_command, sbatch_text, submitit_parameters
+from launch.site.cluster import accelerate_config, from_json, load_cluster, to_json
+from launch.site.sbatch import python_command, sbatch_text, submitit_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = {"gpus_per_node": 0, "cpus_per_node": 4, "time": 60}
@@ -460,8 +460,8 @@ def test_submitit_takes_the_parameters_and_writes_the_same_text(load, fake_slurm
 def test_nothing_heavy_is_imported_before_a_text_is_made():
     heavy = ["submitit", "torch", "transformers", "datasets", "accelerate"]
     program = (
-        "import sys, launch.cluster, launch.sbatch\n"
-        "launch.cluster.to_json(launch.cluster.load_cluster('test'))\n"
+        "import sys, launch.site.cluster, launch.site.sbatch\n"
+        "launch.site.cluster.to_json(launch.site.cluster.load_cluster('test'))\n"
         f"print(sorted(set(sys.modules) & set({heavy})))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

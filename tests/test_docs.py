@@ -15,8 +15,9 @@ from pages import COMMAND_PAGES, PAGES, ROOT, blocks, commands, links
 from asr_train import errors, resources
 from asr_train.data.audio import MISSING_FILE, OUTSIDE
 from asr_train.recipe import load_recipe, walk
-from launch import cli, local, plan, prepare_array, submit, sweep
-from launch.cluster import load_cluster, split_changes
+from launch import cli, local, plan
+from launch.jobs import prepare_array, submit, sweep
+from launch.site.cluster import load_cluster, split_changes
 
 LANGUAGES = {"sh", "text", "yaml", "json", "python"}
 

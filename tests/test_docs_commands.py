@@ -40,7 +40,8 @@ from asr_train.data.sources import open_sources
 from asr_train.errors import run_main
 from asr_train.files import read_jsonl
 from asr_train.recipe import decode_recipe, dump_recipe, load_recipe, to_values
-from launch import cli, demo, devices
+from launch import cli, demo
+from launch.node import devices
 
 MAX_NOT_RUN = 12
 RECIPES = ("demo", "minds14", "librispeech_100h")
@@ -361,7 +362,7 @@ def test_there_is_an_example_of_every_kind_of_source():
     "block", [block for block in YAML_BLOCKS if not is_example(block)], ids=lambda block: block.name
 )
 def test_other_yaml_is_a_recipe_or_a_part_of_a_profile(block, tmp_path):
-    from launch.cluster import load_cluster  # noqa: PLC0415
+    from launch.site.cluster import load_cluster  # noqa: PLC0415
 
     values = yaml.safe_load(block.text)
     if "name" in values:

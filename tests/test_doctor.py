@@ -14,13 +14,14 @@ from slurm_cluster import SlurmCluster
 
 from asr_train.errors import RecipeError
 from asr_train.files import append_jsonl, write_json
-from launch import doctor, probe, probe_job, slurm_facts
-from launch import slurm as slurm_commands
-from launch.cluster import load_cluster, site_folder
-from launch.diagnosis import diagnose
-from launch.findings import Findings, NodeFacts, Partition, SlurmFacts, continuation, findings, keep
-from launch.signal_lead import Times
-from launch.slurm import SlurmError
+from launch import doctor
+from launch.site import probe, probe_job, slurm_facts
+from launch.site import slurm as slurm_commands
+from launch.site.cluster import load_cluster, site_folder
+from launch.site.diagnosis import diagnose
+from launch.site.findings import Findings, NodeFacts, Partition, SlurmFacts, continuation, findings, keep
+from launch.site.signal_lead import Times
+from launch.site.slurm import SlurmError
 
 PROFILE = {"nodes": 2, "gpus_per_node": 1, "cpus_per_node": 1, "time": 30, "signal_lead_s": 120}
 

@@ -11,11 +11,12 @@ import pytest
 
 from asr_train.errors import RecipeError
 from asr_train.files import write_json
-from launch import exclusions, job, nodes, slurm
-from launch.cluster import load_cluster
-from launch.exclusions import ExcludedNode
-from launch.job import Command
-from launch.slurm import SlurmError
+from launch.jobs import job
+from launch.jobs.job import Command
+from launch.site import exclusions, nodes, slurm
+from launch.site.cluster import load_cluster
+from launch.site.exclusions import ExcludedNode
+from launch.site.slurm import SlurmError
 from launch.verdict import Exclusion, Line, Policy, Verdict
 
 HOUR = 3600.0
@@ -295,7 +296,7 @@ def task(tmp_path, call):
     path.write_text(
         "import os, signal, sys, time\n"
         f"sys.path.insert(0, {str(Path.cwd())!r})\n"
-        "from launch import slurm\n"
+        "from launch.site import slurm\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)  # as the node agent, which ends its training first\n"
         "job, again = os.environ['SLURM_JOB_ID'], os.environ.get('SLURM_RESTART_COUNT', '0')\n"
         "try:\n"

@@ -31,7 +31,8 @@ from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CHECKPOINT, EXIT_US
 from asr_train.files import append_jsonl, read_json, read_jsonl
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir, read_metrics
-from launch import cli, devices
+from launch import cli
+from launch.node import devices
 
 STEPS = 4
 WORK = ("checkpoints", "metrics.jsonl", "evaluations")  # what a run must never lose

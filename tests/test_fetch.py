@@ -17,7 +17,8 @@ from conftest import TINY_MODEL
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from asr_train.recipe import dump_recipe
-from launch import cli, submit
+from launch import cli
+from launch.jobs import submit
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

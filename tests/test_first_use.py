@@ -357,7 +357,7 @@ def every_error(kind=errors.WavefleetError):
 
 
 def test_exit_codes_are_documented_and_every_error_has_one():
-    for module in ("asr_train.data.rows", "launch.slurm", "asr_train.checkpoint"):
+    for module in ("asr_train.data.rows", "launch.site.slurm", "asr_train.checkpoint"):
         importlib.import_module(module)
     page = (ROOT / "docs" / "reference" / "verbs.md").read_text(encoding="utf-8")
     table = page.partition("## Exit codes")[2].partition("\n## ")[0]

@@ -10,16 +10,19 @@ import pytest
 
 from asr_train.files import write_json
 from asr_train.run_dir import RunDir
-from launch import cli, continuation, last_word, slurm, starts, status
+from launch import cli, status
 from launch.child import Signals
-from launch.cluster import load_cluster
-from launch.findings import Findings, NodeFacts, SlurmFacts, keep
+from launch.ending import starts
+from launch.ending.starts import Start
+from launch.jobs import continuation, last_word
+from launch.jobs.submit import Submission
 from launch.node_agent import _stop_reason, _Watch
-from launch.sbatch import last_word as last_word_lines
-from launch.settings import ALLOCATION, JobSettings, settings_file
-from launch.slurm import JobState, SlurmError
-from launch.starts import Start
-from launch.submit import Submission
+from launch.site import slurm
+from launch.site.cluster import load_cluster
+from launch.site.findings import Findings, NodeFacts, SlurmFacts, keep
+from launch.site.sbatch import last_word as last_word_lines
+from launch.site.settings import ALLOCATION, JobSettings, settings_file
+from launch.site.slurm import JobState, SlurmError
 from launch.verdict import Verdict
 
 GOES_ON = Verdict(kind="time_limit", action="continue", message="The time limit came.")
@@ -197,7 +200,7 @@ def test_a_retry_goes_on_as_doctor_found_meanwhile(site, monkeypatch, tmp_path, 
     keep(cluster, "test", Findings(time=1.8e9, slurm=facts, refused=None, expected_start=None, node=node))
     submitted = []
     monkeypatch.setattr(
-        "launch.submit.submit",
+        "launch.jobs.submit.submit",
         lambda run, settings: submitted.append(settings) or Submission("8", "test", 2, 0.0, ""),
     )
     monkeypatch.setattr(slurm, "jobs_with_comment", lambda comment: [])
@@ -211,11 +214,11 @@ def test_a_retry_goes_on_as_doctor_found_meanwhile(site, monkeypatch, tmp_path, 
 def test_a_batch_script_speaks_when_srun_fails_unless_slurm_is_ending_it(tmp_path, monkeypatch, command, code, speaks):
     """The run's path has spaces and quotes, and a dollar."""
     run = tmp_path / "my 'run' $HOME"
-    monkeypatch.setattr("launch.sbatch.python_command", lambda cluster: "echo")
+    monkeypatch.setattr("launch.site.sbatch.python_command", lambda cluster: "echo")
     lines = ["set -e", *last_word_lines(load_cluster("test"), run), f"( {command} )" if code == 3 else command]
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert done.stdout == (f"-m launch.last_word {run}\n" if speaks else "")
+    assert done.stdout == (f"-m launch.jobs.last_word {run}\n" if speaks else "")
 
 
 @pytest.mark.parametrize(("lead_s", "waits_s"), [(90, 60), (600, 540)])

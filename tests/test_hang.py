@@ -17,10 +17,10 @@ from asr_train.files import read_json, write_json
 from asr_train.phase import FOLDER, PhaseFile, read_record
 from asr_train.train import train
 from asr_train.training_log import TrainingLog
-from launch import hang, stacks
-from launch.hang import HangWatch, blamed
-from launch.outcome import judge
-from launch.ranks import RankState
+from launch.ending.outcome import judge
+from launch.node import hang, stacks
+from launch.node.hang import HangWatch, blamed
+from launch.node.ranks import RankState
 from launch.verdict import Evidence, NodeReport
 
 LIMITS = LimitSettings(start_s=100, checkpoint_s=200, evaluation_s=400)

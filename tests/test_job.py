@@ -17,10 +17,12 @@ from asr_train.errors import RecipeError
 from asr_train.files import read_json, write_json
 from asr_train.lock import HeartbeatLock
 from asr_train.recipe import dump_recipe
-from launch import cli, exclusions, job, prepare_array, remote, slurm
-from launch.cluster import load_cluster
-from launch.job import Command
-from launch.slurm import SlurmError
+from launch import cli
+from launch.jobs import job, prepare_array, remote
+from launch.jobs.job import Command
+from launch.site import exclusions, slurm
+from launch.site.cluster import load_cluster
+from launch.site.slurm import SlurmError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = {"gpus_per_node": 4, "gpu_type": "a100", "cpus_per_node": 8, "time": 60, "partition": "gpu"}
@@ -96,7 +98,7 @@ def test_everything_in_the_folder_is_its_owners_and_pickles_hold_a_path_and_a_nu
         )
         done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
         named = set(json.loads(done.stdout))
-        assert {"launch.task", "Task", "launch.job"} <= named
+        assert {"launch.jobs.task", "Task", "launch.jobs.job"} <= named
         assert any(name.startswith(f"{folder}/") for name in named)
         assert not {"environ", "recipe"} & named
 
@@ -297,7 +299,7 @@ def job_folder(tmp_path, profile):
 
 
 def run_task(folder, code=0, modules=()):
-    program = "import sys; from pathlib import Path; from launch import job; job.task(Path(sys.argv[1]), 'it')()"
+    program = "import sys; from pathlib import Path; from launch.jobs import job; job.task(Path(sys.argv[1]), 'it')()"
     environ = {**os.environ, "PYTHONPATH": ":".join(map(str, (ROOT, *modules))), "SLURM_JOB_ID": "7"}
     done = subprocess.run([sys.executable, "-c", program, folder], env=environ, cwd=ROOT, capture_output=True,
                           text=True, check=False)  # fmt: skip

@@ -14,7 +14,7 @@ from asr_train.files import read_json, read_jsonl
 from asr_train.prepare import prepare
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir
-from launch.then import describe
+from launch.jobs.then import describe
 
 
 @pytest.fixture(scope="module")

@@ -115,3 +115,17 @@ def test_a_fresh_process_that_loads_the_launcher_and_layer_0_has_no_torch():
     command = [sys.executable, "-c", program, json.dumps(names), json.dumps(sorted(HEAVY | {"submitit"}))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+# Folders of `launch`, each of which knows those before it; verbs and what all share stand above and beside them.
+FLOORS = ("site", "node", "ending", "jobs")
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name.startswith("launch.")])
+def test_no_folder_of_the_launcher_imports_a_later_one(name):
+    def floor(module):
+        folder = module.removeprefix("launch.").partition(".")[0]
+        return FLOORS.index(folder) if folder in FLOORS else -1
+
+    here = floor(name)
+    assert here == -1 or {used for used in imports(name) if used.startswith("launch.") and floor(used) > here} == set()

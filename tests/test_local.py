@@ -14,8 +14,9 @@ from asr_train import resources
 from asr_train.errors import RecipeError, RunError
 from asr_train.recipe import load_recipe
 from asr_train.run_dir import RunDir
-from launch import cli, devices, local, placement
+from launch import cli, local
 from launch.child import Ended
+from launch.node import devices, placement
 
 DONE = {"status": "done", "exit_code": 0, "message": ""}
 STOPPED = {"status": "stopped", "exit_code": 3, "message": "stopped by SIGTERM"}

@@ -10,8 +10,8 @@ import pytest
 from asr_train.files import append_jsonl, write_json
 from asr_train.run_dir import RunDir
 from launch import cli
+from launch.ending.starts import Start
 from launch.logs import _Life
-from launch.starts import Start
 from launch.verdict import Line, Verdict
 
 LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:5"

@@ -13,7 +13,7 @@ from asr_train.run_dir import RunDir
 from asr_train.speech_model import SpeechModel
 from asr_train.strategy import Parallel
 from asr_train.train import train
-from launch.signs import read_error
+from launch.ending.signs import read_error
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1 GiB is free"
 

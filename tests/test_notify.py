@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from asr_train.run_dir import RunDir
-from launch.notify import WEBHOOK, notify
+from launch.jobs.notify import WEBHOOK, notify
 from launch.verdict import Verdict
 
 VERDICT = Verdict(kind="data", action="stop", message='Rank 0 failed: "shard 3" is gone.', exit_code=4)

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from launch import signs
-from launch.outcome import judge
+from launch.ending import signs
+from launch.ending.outcome import judge
 from launch.verdict import KINDS, Evidence, Hang, NodeReport, Policy, Verdict
 
 GPU_OOM = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB"

@@ -15,13 +15,14 @@ from asr_train.errors import RecipeError
 from asr_train.files import append_jsonl
 from asr_train.recipe import load_recipe
 from asr_train.run_dir import RunDir
-from launch import node_agent, plan, submit
+from launch import node_agent, plan
 from launch.child import Ended, Signals
-from launch.cluster import load_cluster
-from launch.findings import NodeFacts, findings, keep
-from launch.hang import HangWatch
-from launch.settings import JobSettings
-from launch.slurm import SlurmError
+from launch.jobs import submit
+from launch.node.hang import HangWatch
+from launch.site.cluster import load_cluster
+from launch.site.findings import NodeFacts, findings, keep
+from launch.site.settings import JobSettings
+from launch.site.slurm import SlurmError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "submit_dry_run.sh"

@@ -12,11 +12,11 @@ import pytest
 
 from asr_train.files import hash_json, write_json
 from asr_train.run_dir import RunDir
-from launch import devices, hardware, node_check, preflight
-from launch.hardware import GpuWatch
-from launch.node_check import Preflight, Wanted
-from launch.outcome import judge
-from launch.preflight import Place
+from launch.ending.outcome import judge
+from launch.node import devices, hardware, node_check, preflight
+from launch.node.hardware import GpuWatch
+from launch.node.node_check import Preflight, Wanted
+from launch.node.preflight import Place
 from launch.verdict import Evidence, NodeReport
 
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,11 +7,14 @@ import pytest
 
 from asr_train.files import write_json
 from asr_train.run_dir import RunDir
-from launch import cli, reconcile, slurm, starts, submit
-from launch.cluster import load_cluster
-from launch.settings import ALLOCATION, JobSettings
-from launch.slurm import JobState, SlurmError
-from launch.starts import Start
+from launch import cli
+from launch.ending import starts
+from launch.ending.starts import Start
+from launch.jobs import reconcile, submit
+from launch.site import slurm
+from launch.site.cluster import load_cluster
+from launch.site.settings import ALLOCATION, JobSettings
+from launch.site.slurm import JobState, SlurmError
 from launch.verdict import Exclusion, Verdict
 
 GOES_ON = Verdict(kind="time_limit", action="continue", message="The time limit came.")

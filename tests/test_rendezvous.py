@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.rendezvous import Meeting, RendezvousError, interface_address
+from launch.node.rendezvous import Meeting, RendezvousError, interface_address
 
 
 def test_an_interface_is_known_by_its_name():

@@ -72,7 +72,7 @@ def test_an_installed_wheel_finds_its_recipes_from_another_folder(wheel, tmp_pat
     assert where.split() == [str(site / "asr_train" / "__init__.py"), str(site / "launch" / "__init__.py")]
     assert "* name: demo" in run("-m", "launch.cli", "show", "demo")
     assert f"run directory: {elsewhere}" in run(str(site / "bin" / "wavefleet"), "show", "minds14")
-    code = "from launch.cluster import load_cluster; print(load_cluster('test').nodes)"
+    code = "from launch.site.cluster import load_cluster; print(load_cluster('test').nodes)"
     assert run("-c", code).strip() == "2"
     code = "from asr_train import resources; print(resources.find('accelerate_configs', 'cpu'))"
     assert run("-c", code).strip() == str(site / "asr_train" / "share" / "accelerate_configs" / "cpu.yaml")

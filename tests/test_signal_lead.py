@@ -6,8 +6,8 @@ from ranks import run_ranks
 from asr_train.files import append_jsonl, read_jsonl
 from asr_train.run_dir import RunDir
 from asr_train.train import train
-from launch import submit
-from launch.signal_lead import Times, measured, problem
+from launch.jobs import submit
+from launch.site.signal_lead import Times, measured, problem
 
 
 @pytest.fixture

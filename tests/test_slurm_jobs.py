@@ -10,14 +10,15 @@ import sys
 from survivor import expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 
 from asr_train.files import read_json
-from launch.notify import WEBHOOK
+from launch.jobs.notify import WEBHOOK
 
 # ruff: noqa: F811  their names as arguments
 
 # `wavefleet`, which kills itself where it would write down the job that it has submitted
 KILLED_WHEN_SUBMITTED = """
 import os, signal, sys
-from launch import cli, submit
+from launch import cli
+from launch.jobs import submit
 submit._note = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 cli.main(sys.argv[1:])
 """

@@ -4,7 +4,7 @@ import json
 
 from survivor import expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 
-from launch import exclusions
+from launch.site import exclusions
 
 # ruff: noqa: F811  their names as arguments
 

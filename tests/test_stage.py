@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import launch.stage
+import launch.node.stage
 from asr_train.data import stage
 from asr_train.data.corpus import Corpus
 from asr_train.files import read_json, write_json
@@ -123,12 +123,12 @@ def test_nothing_is_copied_unasked(shared, monkeypatch):
 
 
 def test_both_programs_mean_the_same_files():
-    assert (launch.stage.VARIABLE, launch.stage.WHERE) == (stage.VARIABLE, stage.WHERE)
+    assert (launch.node.stage.VARIABLE, launch.node.stage.WHERE) == (stage.VARIABLE, stage.WHERE)
 
 
 def test_the_folder_is_the_nodes_own_and_goes_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH_OF_NODE", str(tmp_path))
-    with launch.stage.corpus_folder("$SCRATCH_OF_NODE/corpora", "abc-1") as environ:
+    with launch.node.stage.corpus_folder("$SCRATCH_OF_NODE/corpora", "abc-1") as environ:
         folder = tmp_path / "corpora" / "wavefleet-abc-1"
         assert environ == {stage.VARIABLE: str(folder)}
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -143,7 +143,7 @@ def test_the_ranks_wait_for_this_attempts_copy_and_no_earlier_ones(tmp_path):
     left.mkdir()
     write_json(left / stage.WHERE, {"corpus": "/gone"})
     (left / "tiny").mkdir()
-    with launch.stage.corpus_folder(str(tmp_path), "abc-1"):
+    with launch.node.stage.corpus_folder(str(tmp_path), "abc-1"):
         assert [path.name for path in left.iterdir()] == ["tiny"]
 
 
@@ -162,7 +162,7 @@ def test_where_there_is_no_folder_the_shared_corpus_is_read(tmp_path, capsys, wa
     (tmp_path / "link").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link" / "wavefleet-abc-1").symlink_to(tmp_path / "elsewhere")
-    with launch.stage.corpus_folder(wanted.format(tmp=tmp_path), "abc-1") as environ:
+    with launch.node.stage.corpus_folder(wanted.format(tmp=tmp_path), "abc-1") as environ:
         assert environ == {}
     said = capsys.readouterr().err
     assert message in said
@@ -172,6 +172,6 @@ def test_where_there_is_no_folder_the_shared_corpus_is_read(tmp_path, capsys, wa
 
 def test_nothing_is_made_unasked():
     before = dict(os.environ)
-    with launch.stage.corpus_folder(None, "abc-1") as environ:
+    with launch.node.stage.corpus_folder(None, "abc-1") as environ:
         assert environ == {}
     assert dict(os.environ) == before

@@ -11,7 +11,7 @@ from asr_train.files import append_jsonl, read_json, write_json
 from asr_train.recipe import recipe_hash
 from asr_train.run_dir import RunDir
 from launch import cli
-from launch.sweep import combinations, split_values
+from launch.jobs.sweep import combinations, split_values
 
 PROFILE = {"gpus_per_node": 0, "cpus_per_node": 2, "time": 60, "signal_lead_s": 60}
 

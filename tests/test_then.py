@@ -7,9 +7,10 @@ from fake_slurm import FakeSlurm
 from asr_train.errors import RecipeError
 from asr_train.files import read_json, write_json
 from asr_train.run_dir import RunDir
-from launch import cli, job, then
-from launch.job import Command, CommandError
-from launch.slurm import SlurmError
+from launch import cli
+from launch.jobs import job, then
+from launch.jobs.job import Command, CommandError
+from launch.site.slurm import SlurmError
 from launch.status import describe
 
 PROFILE = {"nodes": 2, "gpus_per_node": 2, "cpus_per_node": 4, "time": 60, "signal_lead_s": 60}
@@ -160,7 +161,7 @@ class KilledError(BaseException):
     """In place of SIGKILL: nothing catches it."""
 
 
-@pytest.mark.parametrize("place", ["launch.submit._note", "launch.slurm.release"])
+@pytest.mark.parametrize("place", ["launch.jobs.submit._note", "launch.site.slurm.release"])
 @pytest.mark.parametrize("who", ["submit", "retry", "reconcile"])
 def test_a_job_whose_submitter_was_killed_is_let_go_and_followed(submit, fake, run, monkeypatch, place, who):
     """Before it wrote the job down, or before it let it go."""

@@ -21,7 +21,7 @@ from asr_train.model import build_model
 from asr_train.model_config import load_model_config
 from asr_train.recipe import load_recipe
 from asr_train.strategy import check_environment
-from launch import devices, placement
+from launch.node import devices, placement
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from asr_train.files import append_jsonl, write_json
 from asr_train.ledger import PARTS
 from asr_train.run_dir import RunDir
-from launch import slurm, watch
+from launch import watch
+from launch.site import slurm
 
 
 def rank(number, host, straggler, **parts):

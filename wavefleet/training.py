@@ -29,7 +29,7 @@ from asr_train.run_dir import RunDir, read_metrics
 from asr_train.state import TrainState
 from launch.local import claim
 from launch.next_steps import SILENCE
-from launch.placement import place
+from launch.node.placement import place
 from wavefleet.child import PARENT
 from wavefleet.results import Trained
 

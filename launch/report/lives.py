@@ -7,9 +7,9 @@ from typing import Any
 
 from asr_train import lock
 from asr_train.checkpoints import order
+from launch.ending.starts import Start, starts, verdicts
+from launch.jobs.submit import submissions
 from launch.report.reading import Record
-from launch.starts import Start, starts, verdicts
-from launch.submit import submissions
 
 
 @dataclass(frozen=True, kw_only=True)

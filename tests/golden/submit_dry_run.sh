@@ -36,7 +36,7 @@ export GREETING='it'"'"'s $HOME'
 export PYTHONPATH=CODE
 ended=
 trap ended=1 TERM
-trap 'code=$?; [ $code = 0 ] || [ "$ended" ] || PYTHON -m launch.last_word RUN || true; exit $code' EXIT
+trap 'code=$?; [ $code = 0 ] || [ "$ended" ] || PYTHON -m launch.jobs.last_word RUN || true; exit $code' EXIT
 
 # command
 export SUBMITIT_EXECUTOR=slurm
