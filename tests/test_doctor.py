@@ -90,6 +90,7 @@ def test_a_cluster_is_looked_at_by_a_job_and_what_was_found_stays(slurm, profile
     assert set(slurm.jobs()) >= {found.node.job_id}
 
 
+@pytest.mark.slurm
 def test_another_site_is_told_apart(profile):
     """Accounting, signals that reach agents alone, a grace time, no arrays, JobRequeue=0."""
     settings = {"KillWait": "30", "JobRequeue": "0", "MaxArraySize": "1", "AccountingStorageEnforce": "associations"}

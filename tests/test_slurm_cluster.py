@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from slurm_cluster import CommandError, SlurmCluster
 
+pytestmark = pytest.mark.slurm
+
 # One task: it tells of signals, and so does a child of it in a session of its own. TERM ends the task.
 # It speaks without a child: a signal to the whole tree would kill that, and with it half of the line.
 TASK = """#!/bin/bash

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 
+import pytest
 from slurm_cluster import WAVEFLEET
 from slurm_conf import NODES
 from survivor import STEPS, Survivor, expected, profile, rank_below, recipe, reference, survivor  # noqa: F401  fixtures
 
 # ruff: noqa: F811  their names as arguments
+
+pytestmark = pytest.mark.slurm
 
 # a checkpoint is waited for, so that one is there when the step is; few, so that a rank that stops does so in a step
 CHANGES = {"checkpoint": {"every": "20", "asynchronous": False}, "limits.step_s": 8}

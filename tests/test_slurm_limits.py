@@ -20,6 +20,8 @@ from asr_train.prepare import prepare
 
 # ruff: noqa: F811  their names as arguments
 
+pytestmark = pytest.mark.slurm
+
 
 def slurm_has(run):
     """Whether a job of the run is in the queue, or has not ended yet."""

@@ -3,12 +3,15 @@
 import os
 import signal
 
+import pytest
 from slurm_cluster import SlurmCluster
 from survivor import Survivor, expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 
 from asr_train.checkpoints import newest
 
 # ruff: noqa: F811  their names as arguments
+
+pytestmark = pytest.mark.slurm
 
 
 def test_a_worker_and_then_each_agent_are_killed(survivor, expected):
