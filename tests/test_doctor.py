@@ -44,7 +44,7 @@ def ask_doctor(cluster, *arguments, code=0):
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "doctor", *map(str, arguments)],
         env={**cluster.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -128,7 +128,7 @@ def test_ctrl_c_cancels_the_job(slurm, profile):
         job = re.search(r"job (\d+) looks around", process.stderr.readline())[1]
         process.stderr.readline()  # it waits
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=120) == 130
     assert slurm.job(job)["JobState"] == "CANCELLED"
 
 
