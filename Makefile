@@ -14,19 +14,21 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-co
 TRACE_PACKAGES := strace
 # A browser that opens the report, and what reads the PDF that it prints.
 PAGE_PACKAGES := chromium chromium-driver fonts-dejavu-core poppler-utils
+PYTEST_COMMAND := $(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips
 
 .PHONY: demo test test-exhaustive lint docs clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m launch.demo
 
+# All tests in two processes; with PYTEST, the arguments of pytest, those alone and in one.
 test: $(VENV)/dev.installed
 	@.ci/debian-packages $(SPEECH_PACKAGES) $(SLURM_PACKAGES) $(TRACE_PACKAGES) $(PAGE_PACKAGES)
-	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips $(PYTEST)
+	$(if $(strip $(PYTEST)),,.ci/test-in-halves) $(PYTEST_COMMAND) $(PYTEST)
 
 # Every fault at every point, on every rank, under every strategy: hours.
 test-exhaustive: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -p tests.plugin_minutes -p tests.plugin_skips -m exhaustive --timeout 7200 $(PYTEST)
+	$(PYTEST_COMMAND) -m exhaustive --timeout 7200 $(PYTEST)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -86,6 +86,14 @@ def merged(values, changes):
     return result
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Tests that use the session's cluster are marked `slurm`; those that start one of their own say so."""
+    for item in items:
+        if "slurm_session" in item.fixturenames:
+            item.add_marker(pytest.mark.slurm)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny models gain nothing from threads, and tests share the machine."""

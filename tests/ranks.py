@@ -27,7 +27,7 @@ class RankError(AssertionError):
     """A rank failed, or did not end in time; the text is its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
     """Run `function(*args)` on `world_size` forked ranks; what each returned, by rank.
 
     Closures work, nothing but the results is pickled. Environment and changes to memory stay in the ranks.

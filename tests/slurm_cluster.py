@@ -25,7 +25,7 @@ from slurm_conf import NODES, SETTINGS, free_ports, write_files
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WAVEFLEET = [sys.executable, "-m", "launch.cli"]
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 30.0  # a loaded machine; a free one needs half a second
+WAIT_S = 300.0  # a loaded machine; a free one needs half a second to start, and seconds for a job
 _NOISE = r"mpi/|MPI:|Unauthorized credential|Node configuration differs"
 _UNUSABLE = ("DOWN", "DRAIN", "FAIL")
 _SAVE_S = 6.0  # slurmctld saves what has changed within 5 s
@@ -124,7 +124,7 @@ class SlurmCluster:
 
     # Use
 
-    def run(self, *command: str, timeout: float = 60.0) -> str:
+    def run(self, *command: str, timeout: float = WAIT_S) -> str:
         """The output of a Slurm command; `CommandError` with its message when it fails."""
         return self._checked(*command, timeout=timeout)
 
@@ -134,7 +134,7 @@ class SlurmCluster:
         """What our own command prints and says on this cluster; fails where it ends with another code."""
         environ = {**self.environ, "PYTHONPATH": str(ROOT), **(environ or {})}
         done = subprocess.run(
-            [*WAVEFLEET, *map(str, arguments)], env=environ, cwd=cwd, capture_output=True, text=True, timeout=300,
+            [*WAVEFLEET, *map(str, arguments)], env=environ, cwd=cwd, capture_output=True, text=True, timeout=WAIT_S,
             check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
@@ -161,7 +161,7 @@ class SlurmCluster:
         """One job's fields."""
         return self.jobs()[job]
 
-    def wait_for(self, job: str, state: str, *, restarts: int = 0, timeout: float = 60.0) -> dict[str, str]:
+    def wait_for(self, job: str, state: str, *, restarts: int = 0, timeout: float = WAIT_S) -> dict[str, str]:
         """The job's fields once it is in that state, and was requeued that often at least."""
 
         def there() -> bool:
@@ -172,7 +172,7 @@ class SlurmCluster:
         self._until(there, lambda: f"job {job} is not {state} but {fields}", timeout)
         return fields
 
-    def wait_for_output(self, job: str, text: str, *, timeout: float = 30.0) -> str:
+    def wait_for_output(self, job: str, text: str, *, timeout: float = WAIT_S) -> str:
         """The job's output once it contains a text."""
         self._until(lambda: text in self.output(job), lambda: f"no {text!r} in {self.output(job)!r}", timeout)
         return self.output(job)
@@ -280,18 +280,18 @@ class SlurmCluster:
         self._keeper.stdin.flush()
         return json.loads(self._keeper.stdout.readline())["processes"]
 
-    def _call(self, *command: str, text: str | None = None, timeout: float = 60.0) -> subprocess.CompletedProcess:
+    def _call(self, *command: str, text: str | None = None, timeout: float = WAIT_S) -> subprocess.CompletedProcess:
         return subprocess.run(
             command, env=self.environ, input=text, capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    def _checked(self, *command: str, text: str | None = None, timeout: float = 60.0) -> str:
+    def _checked(self, *command: str, text: str | None = None, timeout: float = WAIT_S) -> str:
         done = self._call(*command, text=text, timeout=timeout)
         if done.returncode != 0:
             raise CommandError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def _until(self, condition, complaint, timeout: float = START_S) -> None:
+    def _until(self, condition, complaint, timeout: float = WAIT_S) -> None:
         end = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > end:

@@ -31,7 +31,8 @@ SETTINGS = {
     "PreemptMode": "REQUEUE",
     "JobRequeue": "1",
     "ReturnToService": "2",
-    # Soon rather than cheaply. Time limits are checked every 30 s, which no setting changes.
+    # Soon rather than cheaply, but no node is down because this machine is busy. Time limits are checked every 30 s,
+    # which no setting changes.
     "SchedulerType": "sched/backfill",
     "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0",
     "OverTimeLimit": "0",
@@ -41,8 +42,8 @@ SETTINGS = {
     "MinJobAge": "300",
     "MessageTimeout": "10",
     "SlurmctldTimeout": "5",
-    "SlurmdTimeout": "10",
-    "UnkillableStepTimeout": "30",
+    "SlurmdTimeout": "120",
+    "UnkillableStepTimeout": "120",
     "SlurmctldDebug": "verbose",
     "SlurmdDebug": "verbose",
 }

@@ -76,8 +76,8 @@ class Survivor:
         return found
 
     def soon(self, condition):
-        """Whether a condition becomes true within two seconds."""
-        end = time.monotonic() + 2
+        """Whether a condition becomes true within ten seconds."""
+        end = time.monotonic() + 10
         while not condition() and time.monotonic() < end:
             time.sleep(0.1)
         return condition()

@@ -59,7 +59,7 @@ def traced(way, recipe, folder):
 
 
 def wait_for(is_so):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not is_so():
         assert time.monotonic() < deadline, "strace may not trace here, or hangs"
         time.sleep(0.01)

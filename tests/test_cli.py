@@ -139,7 +139,7 @@ def start_parent(program, stdin=None):
 def test_a_stop_signal_reaches_the_child_once_and_it_may_finish(number):
     process = start_parent(TIDY)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert out == f"saved after {number.name}\n"
     assert process.returncode == 3
 
@@ -151,10 +151,10 @@ def test_a_second_ctrl_c_at_a_terminal_ends_a_child_that_does_not_stop():
     keyboard, terminal = pty.openpty()
     process = start_parent(stubborn, stdin=terminal)
     process.send_signal(signal.SIGINT)
-    time.sleep(IMPATIENT_S + 0.2)
+    time.sleep(2 * IMPATIENT_S)  # a busy machine may hear the first late
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=55) == 130
     os.close(keyboard)
     os.close(terminal)
 
@@ -164,7 +164,7 @@ def test_a_stop_signal_sent_twice_without_a_terminal_kills_nothing():
     process.send_signal(signal.SIGINT)
     time.sleep(IMPATIENT_S + 0.2)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert "saved after SIGINT" in out
     assert process.returncode == 3
 

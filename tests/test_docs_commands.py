@@ -227,7 +227,7 @@ def run(world, command, environ=None):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         one_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PATH": path}
         done = subprocess.run(
-            ["bash", "-c", text], cwd=world, env={**os.environ, **one_cpu, **(environ or {})}, timeout=120,
+            ["bash", "-c", text], cwd=world, env={**os.environ, **one_cpu, **(environ or {})}, timeout=300,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
         code, out = done.returncode, done.stdout
@@ -276,7 +276,7 @@ def test_commands_for_a_cluster(cluster, block):
         shutil.rmtree(world / "runs", ignore_errors=True)
 
 
-def wait_until_it_makes_sense(cluster, command, timeout_s=90):
+def wait_until_it_makes_sense(cluster, command, timeout_s=300):
     """A training is read or stopped once it makes steps, scored once it has saved, explained once it is over."""
     verb = command.words[1]
     found = list((cluster.world / "runs").glob("minds14-????????"))

@@ -45,7 +45,7 @@ def ask_doctor(cluster, *arguments, code=0):
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "doctor", *map(str, arguments)],
         env={**cluster.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -91,6 +91,7 @@ def test_a_cluster_is_looked_at_by_a_job_and_what_was_found_stays(slurm, profile
     assert set(slurm.jobs()) >= {found.node.job_id}
 
 
+@pytest.mark.slurm
 def test_another_site_is_told_apart(profile):
     """Accounting, signals that reach agents alone, a grace time, no arrays, JobRequeue=0."""
     settings = {"KillWait": "30", "JobRequeue": "0", "MaxArraySize": "1", "AccountingStorageEnforce": "associations"}
@@ -128,7 +129,7 @@ def test_ctrl_c_cancels_the_job(slurm, profile):
         job = re.search(r"job (\d+) looks around", process.stderr.readline())[1]
         process.stderr.readline()  # it waits
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=120) == 130
     assert slurm.job(job)["JobState"] == "CANCELLED"
 
 

@@ -60,7 +60,7 @@ def test_stopped_refused_while_live_continued_elsewhere_and_done(recipe_file, tm
     assert second.returncode == 2
     assert "is being trained by pid" in second.stderr
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 3, errors
     stopped_at = len(losses(folder))
 

@@ -61,7 +61,7 @@ def test_3_processes_with_data_workers_stopped_and_resumed_make_the_same_run(rec
     process = launch(launched, tmp_path)
     wait_for_step(process, run, 6)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert statuses(run) == dict.fromkeys(range(3), "stopped"), errors
     stopped_at = max(losses(run))
 

@@ -235,7 +235,7 @@ def test_a_stop_request_reaches_every_rank_through_accelerate_launch(tmp_path, n
     for _ in range(num_processes):
         assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert sorted(out.splitlines()) == [f"ended 0 {int(signal.SIGTERM)}"] + [
         f"rank {rank} saved" for rank in range(num_processes)
     ]

@@ -100,9 +100,9 @@ def test_a_disk_that_takes_no_more_is_seen_by_writing(run, monkeypatch):
 def test_a_site_check_that_hangs_is_ended(run, monkeypatch):
     monkeypatch.setattr(node_check, "_COMMAND_S", 0.3)
     begun = time.monotonic()
-    found = of_node(run, "sleep 60 | cat")
-    assert "`sleep 60 | cat` did not end within" in found.problem
-    assert time.monotonic() - begun < 10
+    found = of_node(run, "sleep 3600 | cat")
+    assert "`sleep 3600 | cat` did not end within" in found.problem
+    assert time.monotonic() - begun < 300
 
 
 # Broken GPUs
@@ -270,7 +270,7 @@ def test_the_others_know_at_once_of_a_node_that_may_not_start(run, tmp_path):
     """Before torch is even imported; nobody is left waiting for a collective."""
     begun = time.monotonic()
     known = checked(run, tmp_path, [(), ("echo no scratch here; exit 1",)])
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < preflight.MEET_S
     for found in known.values():
         assert "no scratch here" in found["n2"].problem
         assert not preflight.may_start(found, ("n1", "n2"))
@@ -311,7 +311,7 @@ def test_without_a_word_from_node_0_no_node_starts(run, tmp_path, monkeypatch):
 def test_a_job_that_is_asked_to_end_does_not_wait(run, tmp_path):
     begun = time.monotonic()
     found = preflight.check(run, place(tmp_path, 1), Wanted(), environ=ENVIRON, is_asked=lambda: True)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < preflight.MEET_S
     assert not preflight.may_start(found, ("n1", "n2"))
 
 
@@ -324,8 +324,7 @@ def test_a_selfcheck_that_dies_is_a_problem_of_the_node(run, tmp_path):
     assert "libcudart.so" in found["n1"].problem
 
 
-def test_one_machine_without_gpus_is_checked_without_torch(run, tmp_path):
-    begun = time.monotonic()
+def test_one_machine_without_gpus_is_checked_without_torch(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_selfcheck", lambda *_: pytest.fail("started the check in torch"))
     there = place(tmp_path, 0, hosts=("n1",))
     assert preflight.may_start(preflight.check(run, there, Wanted(), environ=ENVIRON), there.hosts)
-    assert time.monotonic() - begun < 1.5

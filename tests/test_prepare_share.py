@@ -127,7 +127,7 @@ def test_prepare_waits_while_a_share_is_written(recipe):
         thread.start()
         time.sleep(1)
         assert not (path / "train").exists()
-    thread.join(60)
+    thread.join(300)
     assert len(Corpus.open(path).train) == 12
 
 

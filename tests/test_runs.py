@@ -259,18 +259,20 @@ def test_tf32_and_deterministic_are_set_and_stand_in_the_attempts_first_line(rec
 
 def test_one_rank_prepares_the_other_waits_for_its_file_and_both_train(recipe, tmp_path):
     fresh = recipe("fresh", {**NOTHING_EVALUATED, "max_steps": 3, "data.corpus_root": str(tmp_path / "corpora")})
-    prepare, wait = program.prepare, program.wait_for_corpus
+    prepare, wait, waits = program.prepare, program.wait_for_corpus, tmp_path / "waits"
     seen = []
 
     def slow_prepare(*args):
         assert not dist.is_initialized()
-        time.sleep(0.5)
+        while not waits.exists():
+            time.sleep(0.05)
         seen.append("prepared")
         return prepare(*args)
 
     def noted_wait(waited_for):
         assert not dist.is_initialized()  # a collective would run out of time on a large corpus
         seen.append("waited" if not list(tmp_path.glob("corpora/*/corpus.json")) else "came late")
+        waits.touch()
         return wait(waited_for, poll_s=0.1)
 
     def start():

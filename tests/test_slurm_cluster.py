@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from slurm_cluster import CommandError, SlurmCluster
 
+pytestmark = pytest.mark.slurm
+
 # One task: it tells of signals, and so does a child of it in a session of its own. TERM ends the task.
 # It speaks without a child: a signal to the whole tree would kill that, and with it half of the line.
 TASK = """#!/bin/bash
@@ -20,6 +22,8 @@ trap "say $1 TERM; exit 0" TERM
 if [ "$1" = agent ]; then
   setsid "$0" worker &
   say begin ${SLURM_RESTART_COUNT:-0} gpus $CUDA_VISIBLE_DEVICES
+else
+  say $1 is ready
 fi
 while :; do sleep 0.1; done
 """
@@ -85,9 +89,11 @@ def test_a_signal_reaches_the_step_and_its_tree_or_not(proctrack, task):
     with SlurmCluster(proctrack=proctrack) as cluster:
         job = cluster.submit(*wrap(task))
         cluster.wait_for_output(job, "begin")
-        time.sleep(0.3)  # the worker's trap
+        cluster.wait_for_output(job, "worker is ready")
         cluster.run("scancel", "--signal=USR2", job)
         cluster.wait_for_output(job, "agent USR2")
+        if proctrack == "linuxproc":
+            cluster.wait_for_output(job, "worker USR2")
         time.sleep(0.5)
         assert ("worker USR2" in cluster.output(job)) == (proctrack == "linuxproc")
 
@@ -158,7 +164,7 @@ def test_accounting_remembers_how_jobs_ended():
         cluster.wait_for(jobs[1], "FAILED")
         command = ("sacct", "--allocations", "--noheader", "--parsable2", "--format=jobid,state,exitcode")
         expected = [f"{jobs[0]}|COMPLETED|0:0", f"{jobs[1]}|FAILED|3:0"]
-        end = time.monotonic() + 20  # the controller reports in its own time
+        end = time.monotonic() + 120  # the controller reports in its own time
         while (found := cluster.run(*command).splitlines()) != expected and time.monotonic() < end:
             time.sleep(0.2)
         assert found == expected
@@ -199,7 +205,7 @@ time.sleep(100)
         folder = Path(tests.stdout.readline().strip())
         assert len(processes_with(folder)) >= 10
         tests.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while (processes_with(folder) or folder.exists()) and time.monotonic() < end:
         time.sleep(0.1)
     assert processes_with(folder) == processes_with(task) == []

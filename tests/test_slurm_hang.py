@@ -3,21 +3,36 @@
 import json
 import os
 import subprocess
+import time
+from pathlib import Path
 
+import pytest
 from slurm_cluster import WAVEFLEET
 from slurm_conf import NODES
 from survivor import STEPS, Survivor, expected, profile, rank_below, recipe, reference, survivor  # noqa: F401  fixtures
 
+from asr_train.phase import FOLDER, read_record
+
 # ruff: noqa: F811  their names as arguments
 
-# a checkpoint is waited for, so that one is there when the step is; few, so that a rank that stops does so in a step
-CHANGES = {"checkpoint": {"every": "20", "asynchronous": False}, "limits.step_s": 8}
+pytestmark = pytest.mark.slurm
+
+# a checkpoint is waited for; the limit is a thousand of these steps
+EVERY = 20
+CHANGES = {"checkpoint": {"every": str(EVERY), "asynchronous": False}, "limits.step_s": 25}
 
 
 def stop_rank(run, process):
-    """SIGSTOP, once there is a checkpoint to go on from."""
-    run.until(lambda: len(run.lines()) >= 25, poll_s=0.05)
-    process.suspend()
+    """SIGSTOP in a step, for whose gradients the other waits, once there is a checkpoint to go on from."""
+    folder = Path(process.environ()[FOLDER])
+    run.until(lambda: list(run.run.checkpoints.glob("step-*")), poll_s=0.05)
+    while True:
+        process.suspend()
+        record = read_record(folder, 1)
+        if record["phase"] == "step" and record["step"] % EVERY not in (0, 1):
+            return
+        process.resume()
+        time.sleep(0.01)
 
 
 def assert_hang_is_explained(run, verdict):

@@ -11,6 +11,7 @@ import soundfile
 from conftest import RATE, write_speech
 from safetensors.torch import save_file
 from slurm_cluster import WAVEFLEET, SlurmCluster
+from slurm_conf import SETTINGS
 from survivor import Survivor, expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 from test_runs import assert_close, losses
 
@@ -19,6 +20,8 @@ from asr_train.model import build_model
 from asr_train.prepare import prepare
 
 # ruff: noqa: F811  their names as arguments
+
+pytestmark = pytest.mark.slurm
 
 
 def slurm_has(run):
@@ -109,8 +112,10 @@ def test_a_poison_utterance_is_named_and_a_person_cancels_and_takes_another_numb
 
     second = run.submit("--retry", "limits.max_skipped_steps=10")
     run.trains(attempt=3)
+    run.cluster.reconfigure(KillWait="60")  # long enough to save on a busy machine
     run.cluster.run("scancel", second)
     verdict = run.verdict(3)
+    run.cluster.reconfigure(KillWait=SETTINGS["KillWait"])
     assert (verdict["kind"], verdict["action"], verdict["num_lost_steps"]) == ("cancelled", "stop", 0)
     assert "The job was cancelled. Only `wavefleet retry` goes on with it" in run.why()
     run.until(lambda: not slurm_has(run))

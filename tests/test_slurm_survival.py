@@ -3,12 +3,15 @@
 import os
 import signal
 
+import pytest
 from slurm_cluster import SlurmCluster
 from survivor import Survivor, expected, profile, recipe, reference, survivor  # noqa: F401  fixtures
 
 from asr_train.checkpoints import newest
 
 # ruff: noqa: F811  their names as arguments
+
+pytestmark = pytest.mark.slurm
 
 
 def test_a_worker_and_then_each_agent_are_killed(survivor, expected):
@@ -38,7 +41,7 @@ def test_a_worker_and_then_each_agent_are_killed(survivor, expected):
 
 def test_preempted_without_and_with_a_warning(profile, recipe, expected, tmp_path):
     """At once, by SIGTERM alone; then with a minute's grace, and SIGUSR2 first."""
-    with SlurmCluster() as cluster:
+    with SlurmCluster(KillWait="60") as cluster:  # long enough to save on a busy machine
         run = Survivor(cluster, profile, recipe(tmp_path / "run"))
         job = run.submit()
         for attempt in (1, 2):
@@ -47,7 +50,7 @@ def test_preempted_without_and_with_a_warning(profile, recipe, expected, tmp_pat
             verdict = run.verdict(attempt)
             assert (verdict["kind"], verdict["num_lost_steps"], verdict["exit_code"]) == ("preempted", 0, 3)
             assert "The job was preempted. Going on from the checkpoint of step" in run.why()
-            cluster.wait_for(urgent, "COMPLETED", timeout=120)
+            cluster.wait_for(urgent, "COMPLETED")
             cluster.reconfigure(grace_s=60, SlurmctldParameters="preempt_send_user_signal")
         run.ends_as(expected)
         assert run.status()["job_id"] == job

@@ -187,8 +187,15 @@ def test_accelerate_launch_makes_the_same_run_too(recipe, tmp_path):
     assert {rank: found["status"] for rank, found in run.outcomes().items()} == {0: "done", 1: "done"}
 
 
-def start(recipe, own_group=False):
-    """Train in a forked process, in a process group of its own if asked; its pid."""
+def start(recipe, own_group=False, slow_after=None):
+    """Train in a forked process, in a process group of its own if asked, slowly after a step if asked; its pid."""
+    forward = loop._forward
+
+    def slowly(job, turn, *rest):
+        if turn.epoch * job.plan.steps_per_epoch + turn.step >= slow_after:
+            time.sleep(0.1)
+        return forward(job, turn, *rest)
+
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -197,6 +204,8 @@ def start(recipe, own_group=False):
         try:
             if own_group:
                 os.setsid()
+            if slow_after is not None:
+                loop._forward = slowly
             code = train(recipe)
         finally:
             os._exit(code)
@@ -205,7 +214,7 @@ def start(recipe, own_group=False):
 
 def wait_for_step(recipe, step):
     run = RunDir(Path(recipe.run_dir))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if any(line["step"] >= step for line in read_metrics(run)):
             return
@@ -221,7 +230,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(recipe, number, num_wo
 
     whole = run_on(1, slowed("whole"))
     broken = slowed("broken")
-    pid = start(broken)
+    pid = start(broken, slow_after=17)  # so that the signal comes before the end, on a busy machine too
     wait_for_step(broken, 17)
     os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
