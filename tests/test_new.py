@@ -17,7 +17,7 @@ from asr_train import new
 from asr_train.config import FolderSource, HubSource, TableSource
 from asr_train.data import hub
 from asr_train.data.find_source import find_source
-from asr_train.data.look import look_at, look_at_texts
+from asr_train.data.look import Look, look_at, look_at_texts
 from asr_train.data.rows import SourceError
 from asr_train.errors import EXIT_FAILED, EXIT_USAGE, run_main
 from asr_train.prepare import prepare
@@ -246,6 +246,15 @@ def test_scripts_case_and_signs_of_texts(texts, case, scripts, removed, chosen):
     found = look_at_texts(texts)
     assert (found.case, set(found.scripts), set(found.signs)) == (case, scripts, set(removed))
     assert new._CASES[found.case] == chosen
+
+
+def test_a_letter_that_is_rare_in_one_case_only_is_not_rare():
+    texts = ["Abcdefghijk lmnop qrstu", "abcdefghijk lmnop qrstuv"] * 2
+    seen = {"sources": (), "headers": (), "unreadable": (), "num_sampled": 0, "texts": look_at_texts(texts)}
+    look = Look(num_rows=len(texts), is_whole=True, num_without_text=0, **seen)
+    assert [remark for remark in new._remarks(look) if "letters that occur" in remark] == [
+        "letters that occur once or twice: v; misspellings, perhaps"
+    ]
 
 
 @pytest.mark.parametrize(
