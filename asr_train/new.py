@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         problems += _wrong_data(look)
     except SourceError as error:
         problems += error.problems
+        if any("_column)" in problem for problem in error.problems):
+            problems.append("columns of other names: --audio-column COLUMN, --text-column COLUMN")
     if problems:
         raise CorpusError("nothing was written:" + "".join(f"\n  {problem}" for problem in problems))
     choice = choose(look, has_sets=bool(sets), model=options.model)

@@ -29,7 +29,6 @@ from launch.submit import submissions
 _REQUEUE_S = 180.0  # for a job to be back in the queue; it takes longer the longer Slurm's KillWait is
 _POLL_S = 1.0
 _STRAGGLER = 0.1  # a tenth slower than the median rank is worth a word
-_NUM_SHARES = 4  # parts of the ledger that a line has room for
 
 OVER = ("done", "failed", "stopped", "ended")
 """States of a run that nobody trains."""
@@ -223,9 +222,14 @@ def _state(run: RunDir, slurm_state: slurm.JobState | None) -> str:
     return "ended" if run.newest_attempt() else "new"
 
 
-def readable(row: Mapping[str, Any]) -> dict[str, str]:
-    """What is shown of a run in a line, as text: empty where it is not known, or does not matter any more."""
-    shares = sorted(row["ledger"].items(), key=lambda item: -item[1])[:_NUM_SHARES]
+def readable(row: Mapping[str, Any], num_parts: int | None = None) -> dict[str, str]:
+    """What is shown of a run, as text: empty where it is not known, or does not matter any more.
+
+    Args:
+        row: of `describe`.
+        num_parts: of its ledger, the largest first; None is all of them.
+    """
+    shares = sorted(row["ledger"].items(), key=lambda item: -item[1])[:num_parts]
     late = [f"{name} is {score:.0%} slower" for name, score in row["stragglers"].items()]
     return {
         "name": str(row["name"]),

@@ -19,6 +19,7 @@ from asr_train.run_dir import RunDir
 from launch.runs import open_run
 from launch.status import OVER, describe, readable
 
+_NUM_PARTS = 4  # of the ledger, that a line has room for
 _BAR_WIDTH = 24
 
 
@@ -77,14 +78,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table(*headers, box=None, pad_edge=False, header_style="dim")
     for row in found:
         bar = ProgressBar(total=row["max_steps"] or 1, completed=row["step"], width=_BAR_WIDTH)
-        cells = readable(row)
+        cells = readable(row, _NUM_PARTS)
         shown.add_row(cells["name"], cells["state"], bar, *[cells[key] for key in _COLUMNS])
     return shown
 
 
 def plain(row: Mapping[str, Any]) -> str:
     """One run as a line; what is not known yet is left out."""
-    cells = readable(row)
+    cells = readable(row, _NUM_PARTS)
     shown = "".join(f"  {word} {cells[key]}" for key, word in _COLUMNS.items() if cells[key])
     return f"{cells['name']}  {cells['state']}{shown}"
 
