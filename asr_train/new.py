@@ -5,6 +5,7 @@ What it cannot know it takes from the recipes that ship, and says from which. `c
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         problems += _wrong_data(look)
     except SourceError as error:
         problems += error.problems
+        if any("_column)" in problem for problem in error.problems):
+            problems.append("columns of other names: --audio-column COLUMN, --text-column COLUMN")
     if problems:
         raise CorpusError("nothing was written:" + "".join(f"\n  {problem}" for problem in problems))
     choice = choose(look, has_sets=bool(sets), model=options.model)
@@ -161,7 +164,10 @@ def _remarks(look: Look) -> list[str]:
         remarks.append("texts hold digits, which are not written as they are spoken: better spelt out")
     if len(look.texts.letters) > _MANY_LETTERS:
         remarks.append(f"{len(look.texts.letters)} different characters: rare ones will hardly be learnt")
-    rare = [key for key, count in look.texts.characters.items() if count < 3 and key.isalpha()]
+    letters = look.texts.characters
+    if look.texts.case == "both":  # one is made of both
+        letters = Counter(key.lower() for key in letters.elements())
+    rare = [key for key, count in letters.items() if count < 3 and key.isalpha()]
     if rare and len(look.texts.characters) > 20:
         remarks.append(f"letters that occur once or twice: {' '.join(sorted(rare)[:20])}; misspellings, perhaps")
     if len(look.texts.scripts) > 1:

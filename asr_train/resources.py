@@ -27,4 +27,5 @@ def find(folder: str, name: str, suffix: str = ".yaml") -> Path:
     stem = name.removesuffix(suffix)
     if stem in known:
         return known[stem]
-    raise FileNotFoundError(f"no file {name!r}, and no shipped one of that name in {folder}: {', '.join(known)}")
+    hint = f"; did you mean {given}{suffix}?" if Path(f"{given}{suffix}").is_file() else ""
+    raise FileNotFoundError(f"no file {name!r}, and no shipped one of that name in {folder}: {', '.join(known)}{hint}")

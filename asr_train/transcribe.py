@@ -23,7 +23,7 @@ from asr_train.arguments import transcribe_parser
 from asr_train.captions import Word, make_captions, to_srt, to_vtt, words_of_frames
 from asr_train.data.audio import AudioError, load_audio
 from asr_train.data.text import Vocabulary
-from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, run_main
+from asr_train.errors import EXIT_DONE, EXIT_FAILED, RecipeError, run_main, say
 from asr_train.files import write_text
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel, load_exported
@@ -178,13 +178,19 @@ def main(argv: Sequence[str]) -> int:
     targets = _targets(files, arguments.out, arguments.format) if arguments.out else {}
     results = transcribe(arguments.model, list(files), window_s=arguments.window_s, overlap_s=arguments.overlap_s)
     bad: list[BadFile] = []
+    num_empty = 0
     for result in _with_progress(results, len(files), is_text_elsewhere=bool(targets) or not sys.stdout.isatty()):
         if isinstance(result, BadFile):
             bad.append(result)
-        elif targets:
+            continue
+        num_empty += not result.text
+        if targets:
             write_text(targets[result.file], render(result, arguments.format))
         else:
             _print(result, arguments.format, is_only=len(files) == 1)
+    if num_empty:
+        why = "silence, or a model that has learnt too little"
+        say(f"note: nothing was heard in {num_empty} of {len(files)} files: {why}")
     if bad:
         listed = "".join(f"\n  {item.file}: {item.reason}" for item in bad)
         print(f"error: {len(bad)} of {len(files)} files could not be transcribed:{listed}", file=sys.stderr)

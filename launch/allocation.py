@@ -43,7 +43,9 @@ def train(run: RunDir, recipe: Recipe, *, accelerate: str | None, processes: int
     job_id = os.environ["SLURM_JOB_ID"]
     job = slurm.details(job_id)
     cluster = _cluster(os.environ, job, accelerate=accelerate, processes=processes)
-    check_world_size(recipe.units_per_step, cluster.num_processes * cluster.nodes, recipe.allow_idle_ranks)
+    num_processes = cluster.num_processes * cluster.nodes
+    fewer = "take fewer nodes, or fewer processes on each with --processes"
+    check_world_size(recipe.units_per_step, num_processes, recipe.allow_idle_ranks, fewer=fewer)
     is_batch = job.get("BatchFlag") == "1"
     restarted = int(job.get("Restarts", 0)) > 0
     if not restarted:

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from asr_train.errors import EXIT_DONE, EXIT_NO_CHECKPOINT, EXIT_STOPPED, EXIT_USAGE, WavefleetError, say
 from asr_train.recipe import load_recipe, run_directory
+from launch.runs import open_run
 
 SILENCE: Final = "WAVEFLEET_NEXT_STEPS"
 """Environment variable; `off` leaves the steps out, for programs that call verbs one after the other."""
@@ -115,9 +116,15 @@ def _after_ls(ended: Ended) -> Iterator[Step]:
 
 
 def _after_status(ended: Ended) -> Iterator[Step]:
-    run = _quoted(ended.options.run)
-    yield Step(f"wavefleet why {run}", "why its last attempt ended")
-    yield Step(f"wavefleet logs {run}", "what its ranks wrote")
+    run, path = _quoted(ended.options.run), None
+    with suppress(WavefleetError):
+        path = open_run(ended.options.run).path
+    if path is not None and (path / "done.json").exists():
+        yield Step(f"wavefleet report {run}", "a page of what it did, which opens offline")
+    else:
+        yield Step(f"wavefleet why {run}", "why its last attempt ended")
+    if path is None or any((path / name).is_dir() for name in ("logs", "slurm")):  # a single process has none here
+        yield Step(f"wavefleet logs {run}", "what its ranks wrote")
 
 
 def _after_why(ended: Ended) -> Iterator[Step]:

@@ -31,6 +31,9 @@ _REQUEUE_S = 180.0  # for a job to be back in the queue; it takes longer the lon
 _POLL_S = 1.0
 _STRAGGLER = 0.1  # a tenth slower than the median rank is worth a word
 
+OVER = ("done", "failed", "stopped", "ended")
+"""States of a run that nobody trains."""
+
 
 def status(argv: Sequence[str]) -> int:
     """Print how one run is."""
@@ -39,7 +42,7 @@ def status(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        for key, value in found.items():
+        for key, value in {**found, **readable(found), **dict.fromkeys(_IN_OTHER_WORDS)}.items():
             if key != "starts" and value not in (None, "", {}, []):
                 print(f"{key.replace('_', ' '):<16}{_shown(value)}")
         for start in found["starts"]:
@@ -67,7 +70,7 @@ def list_runs(argv: Sequence[str]) -> int:
         step = f"{row['step']}/{row['max_steps']}" if row["max_steps"] else str(row["step"])
         table.add_row(
             str(row["name"]), str(row["state"]), str(row["job_id"] or ""), str(row["attempts"]), step,
-            _shown(row["loss"]), _shown(row["wer"]), str(row["reason"] or ""),
+            _shown(row["loss"]), readable(row)["wer"], str(row["reason"] or ""),
         )  # fmt: skip
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table if found else f"no run in {options.folder}")
@@ -218,6 +221,37 @@ def _state(run: RunDir, slurm_state: slurm.JobState | None) -> str:
         if status_ in statuses:
             return status_
     return "ended" if run.newest_attempt() else "new"
+
+
+def readable(row: Mapping[str, Any], num_parts: int | None = None) -> dict[str, str]:
+    """What is shown of a run, as text: empty where it is not known, or does not matter any more.
+
+    Args:
+        row: of `describe`.
+        num_parts: of its ledger, the largest first; None is all of them.
+    """
+    shares = sorted(row["ledger"].items(), key=lambda item: -item[1])[:num_parts]
+    late = [f"{name} is {score:.0%} slower" for name, score in row["stragglers"].items()]
+    return {
+        "name": str(row["name"]),
+        "state": str(row["state"]),
+        "step": f"{row['step']}/{row['max_steps']}" if row["max_steps"] else str(row["step"]),
+        "loss": "" if row["loss"] is None else f"{row['loss']:.4g}",
+        "wer": ", ".join(f"{name} {wer:.2%}" for name, wer in row["wer"].items()),
+        "audio_s_per_s": "" if row["audio_s_per_s"] is None else f"{row['audio_s_per_s']:,.0f}",
+        "memory": "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f} GB",
+        "left": "" if row["left_s"] is None or row["state"] in OVER else _duration(row["left_s"]),
+        "ledger": ", ".join([f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares] + late),
+    }
+
+
+_IN_OTHER_WORDS = ("max_steps", "memory_bytes", "left_s", "stragglers")  # what `readable` says elsewhere
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _shown(value: Any) -> str:

@@ -17,10 +17,9 @@ from rich.table import Table
 from asr_train.errors import EXIT_DONE
 from asr_train.run_dir import RunDir
 from launch.runs import open_run
-from launch.status import describe
+from launch.status import OVER, describe, readable
 
-_OVER = ("done", "failed", "stopped", "ended")
-_NUM_SHARES = 4  # parts of the ledger that a line has room for
+_NUM_PARTS = 4  # of the ledger, that a line has room for
 _BAR_WIDTH = 24
 
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         return [describe(run, ask_slurm=False) for run in runs]
 
     def is_over(found: Sequence[Mapping[str, Any]]) -> bool:
-        return options.once or (bool(named) and all(row["state"] in _OVER for row in found))
+        return options.once or (bool(named) and all(row["state"] in OVER for row in found))
 
     try:
         if console.is_terminal:
@@ -79,14 +78,14 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
     shown = Table(*headers, box=None, pad_edge=False, header_style="dim")
     for row in found:
         bar = ProgressBar(total=row["max_steps"] or 1, completed=row["step"], width=_BAR_WIDTH)
-        cells = _cells(row)
+        cells = readable(row, _NUM_PARTS)
         shown.add_row(cells["name"], cells["state"], bar, *[cells[key] for key in _COLUMNS])
     return shown
 
 
 def plain(row: Mapping[str, Any]) -> str:
     """One run as a line; what is not known yet is left out."""
-    cells = _cells(row)
+    cells = readable(row, _NUM_PARTS)
     shown = "".join(f"  {word} {cells[key]}" for key, word in _COLUMNS.items() if cells[key])
     return f"{cells['name']}  {cells['state']}{shown}"
 
@@ -95,29 +94,6 @@ _COLUMNS = {
     "step": "step", "loss": "loss", "wer": "WER", "audio_s_per_s": "audio-s/s", "memory": "memory", "left": "left",
     "ledger": "time:",
 }  # fmt: skip
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """What is shown of a run, as text."""
-    shares = sorted(row["ledger"].items(), key=lambda item: -item[1])[:_NUM_SHARES]
-    late = [f"{name} is {score:.0%} slower" for name, score in row["stragglers"].items()]
-    return {
-        "name": str(row["name"]),
-        "state": str(row["state"]),
-        "step": f"{row['step']}/{row['max_steps']}" if row["max_steps"] else str(row["step"]),
-        "loss": "" if row["loss"] is None else f"{row['loss']:.4g}",
-        "wer": ", ".join(f"{name} {wer:.2%}" for name, wer in row["wer"].items()),
-        "audio_s_per_s": "" if row["audio_s_per_s"] is None else f"{row['audio_s_per_s']:,.0f}",
-        "memory": "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f} GB",
-        "left": "" if row["left_s"] is None or row["state"] in _OVER else _duration(row["left_s"]),
-        "ledger": ", ".join([f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares] + late),
-    }
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _parser() -> argparse.ArgumentParser:

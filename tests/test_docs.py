@@ -194,7 +194,7 @@ def is_own(recipe):
 
 
 def test_every_wavefleet_command_is_one():
-    """Verbs exist, options are known, recipes and profiles load as the reader has them."""
+    """Verbs exist, options are known, recipes and profiles load as the reader has them, and go together."""
     found = list(command_words("wavefleet"))
     assert len(found) >= 5
     for page, (_, verb, *rest) in found:
@@ -206,7 +206,11 @@ def test_every_wavefleet_command_is_one():
             load_cluster(options.cluster, changes)
         elif verb == "sweep":
             options = sweep._parser().parse_intermixed_args(rest)
-            assert len(sweep.combinations(options.recipe, split_changes(options.overrides)[0])) > 1
+            overrides, changes = split_changes(options.overrides)
+            members = sweep.combinations(options.recipe, overrides)
+            assert len(members) > 1
+            if options.cluster is not None:
+                submit.check_size(members[0].recipe, load_cluster(options.cluster, changes))
         elif verb in ("show", "prepare", "train"):
             options = local._parser().parse_intermixed_args(rest)
             if not is_own(options.recipe):
@@ -214,8 +218,7 @@ def test_every_wavefleet_command_is_one():
         if verb in ("submit", "plan"):
             options = {"submit": submit, "plan": plan}[verb]._parser().parse_intermixed_args(rest)
             overrides, changes = submit.split_overrides(options)
-            load_recipe(options.recipe, overrides)
-            load_cluster(options.cluster, changes)
+            submit.check_size(load_recipe(options.recipe, overrides), load_cluster(options.cluster, changes))
 
 
 def test_every_accelerate_command_names_a_config_and_a_recipe():

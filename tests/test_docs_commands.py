@@ -1,8 +1,9 @@
 """The commands of README and docs, run: each as it stands there, in a scratch folder, on small things of those names.
 
 A recipe `minds14` in the working folder goes before the one that ships: it is that one, but for a tiny model, a few
-synthetic utterances and few steps. So are the profile `generic` and the configs. Programs that import torch are forked
-from this process, which has imported it: their main function is called with the words that the command gives them.
+synthetic utterances and few steps. So are the profile `generic`, the configs, and what `new` writes. Programs that
+import torch are forked from this process, which has imported it: their main function is called with the words that the
+command gives them.
 What talks to a cluster talks to a real Slurm.
 """
 
@@ -45,8 +46,10 @@ from launch.node import devices
 
 MAX_NOT_RUN = 12
 RECIPES = ("demo", "minds14", "librispeech_100h")
+SUBMITTED = "librispeech_100h"  # by the pages' commands for a cluster
 TORCH_MAINS = {"asr_train": "asr_train.train"}  # `python -m asr_train` is a package's __main__
 PROGRAMS = ("asr_train.train", "asr_train.evaluate", "asr_train.export", "asr_train.transcribe", "asr_train.samples")
+NO_HUB = ("asr_train.new.unreachable", lambda model: "no hub in tests")
 
 SHELL_BLOCKS = [block for page in COMMAND_PAGES for block in blocks(page) if block.language == "sh"]
 YAML_BLOCKS = [block for page in COMMAND_PAGES for block in blocks(page) if block.language == "yaml"]
@@ -110,6 +113,7 @@ def programs_are_forked():
     with contextlib.ExitStack() as stack:
         for module in (launch.child, launch.local, demo):
             stack.enter_context(mock.patch.object(module, "run_child", run_child_here))
+        stack.enter_context(mock.patch(*NO_HUB))
         yield
 
 
@@ -140,6 +144,10 @@ def small(recipe, data, corpora):
     return values | size | {"max_steps": 4, "precision": "fp32", "num_workers": 0, "units_per_step": 2}
 
 
+def write_small(path, recipe, data, corpora):
+    path.write_text(dump_recipe(decode_recipe(small(recipe, data, corpora))), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -152,13 +160,10 @@ def make_world(folder, data, corpora):
     """What a reader has who has cloned the project and has recordings."""
     folder.mkdir()
     for name in RECIPES:
-        (folder / name).write_text(
-            dump_recipe(decode_recipe(small(load_recipe(name), data, corpora))), encoding="utf-8"
-        )
+        write_small(folder / name, load_recipe(name), data, corpora)
     for block in YAML_BLOCKS:
         if named := re.match(r"# (\S+\.yaml)\n", block.text):
-            recipe = decode_recipe(yaml.safe_load(block.text))
-            (folder / named[1]).write_text(dump_recipe(decode_recipe(small(recipe, data, corpora))), encoding="utf-8")
+            write_small(folder / named[1], decode_recipe(yaml.safe_load(block.text)), data, corpora)
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / "accelerate_configs").mkdir()
     for path in (ROOT / "accelerate_configs").glob("*.yaml"):
@@ -190,8 +195,8 @@ def machine(tmp_path_factory, data, corpora):
 def cluster(slurm_session, tmp_path_factory, data, corpora):
     """A cluster's login node. The run that is stopped, looked at and cancelled would otherwise train for long."""
     world = make_world(tmp_path_factory.mktemp("cluster") / "wavefleet", data, corpora)
-    recipe = load_recipe(world / "minds14", ["max_steps=3000", "eval.every=null", "checkpoint.every=50", "log.every=1"])
-    (world / "minds14").write_text(dump_recipe(recipe), encoding="utf-8")
+    long = ["max_steps=3000", "eval.every=null", "checkpoint.every=50", "log.every=1"]
+    (world / SUBMITTED).write_text(dump_recipe(load_recipe(world / SUBMITTED, long)), encoding="utf-8")
     (world / "generic").write_text(
         "gpus_per_node: 0\ncpus_per_node: 1\ntime: 30\nsignal_lead_s: 30\nenvironment: {OMP_NUM_THREADS: 1}\n"
     )
@@ -245,18 +250,22 @@ seen: Counter[str] = Counter()
 @pytest.mark.parametrize(
     "block", [block for block in SHELL_BLOCKS if not is_for_a_cluster(block)], ids=lambda block: block.name
 )
-def test_commands_for_one_machine(machine, block):
+def test_commands_for_one_machine(machine, data, corpora, block):
     for command in commands(block):
         if command.not_run is None and not seen[command.text]:  # the same command on another page is the same
             seen[command.text] += 1
             if "runs/minds14-" in command.text and not list(
                 machine.glob("runs/minds14-*")
             ):  # this page alone is tested
-                run(machine, Command("wavefleet train minds14 --processes 2", None))
+                ranks = " --processes 2" if "--rank" in block.text else ""
+                run(machine, Command(f"wavefleet train minds14{ranks}", None))
             if "--processes" in command.words or command.words[0] == "accelerate":  # from its beginning, not "done"
                 for path in machine.glob("runs/minds14-*"):
                     shutil.rmtree(path)
             run(machine, command)
+            if command.words[:2] == ["wavefleet", "new"]:
+                written = machine / f"{command.words[2]}.yaml"
+                write_small(written, load_recipe(written), data, corpora)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +288,7 @@ def test_commands_for_a_cluster(cluster, block):
 def wait_until_it_makes_sense(cluster, command, timeout_s=300):
     """A training is read or stopped once it makes steps, scored once it has saved, explained once it is over."""
     verb = command.words[1]
-    found = list((cluster.world / "runs").glob("minds14-????????"))
+    found = list((cluster.world / "runs").glob(f"{SUBMITTED}-????????"))
     waited_for = {"logs": "steps", "save": "steps", "stop": "steps", "why": "end", "submit": "end", "evaluate": "save"}
     if not found or verb not in waited_for:
         return

@@ -333,6 +333,25 @@ def test_after_a_training_the_run_is_named(tmp_path, monkeypatch, capsys):
     assert "next: wavefleet evaluate 'my runs/a'" in capsys.readouterr().err
 
 
+def test_after_status_nothing_is_named_that_would_be_refused(tmp_path, monkeypatch, capsys):
+    """A single process on this machine leaves no logs; a run that is done is read in its report."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    options, _ = cli.find_parser("status", ["mine"]).parse_known_intermixed_args(["mine"])
+
+    def said():
+        next_steps.suggest("status", options, ["mine"], 0)
+        lines = capsys.readouterr().err.splitlines()
+        return [line.removeprefix("next:").split()[1] for line in lines]
+
+    assert said() == ["why"]
+    (run / "done.json").write_text("{}")
+    (run / "logs").mkdir()
+    assert said() == ["report", "logs"]
+
+
 @pytest.mark.parametrize("how", ["-q", "variable"])
 def test_steps_can_be_left_out(how, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

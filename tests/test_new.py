@@ -17,7 +17,7 @@ from asr_train import new
 from asr_train.config import FolderSource, HubSource, TableSource
 from asr_train.data import hub
 from asr_train.data.find_source import find_source
-from asr_train.data.look import look_at, look_at_texts
+from asr_train.data.look import Look, look_at, look_at_texts
 from asr_train.data.rows import SourceError
 from asr_train.errors import EXIT_FAILED, EXIT_USAGE, run_main
 from asr_train.prepare import prepare
@@ -248,6 +248,15 @@ def test_scripts_case_and_signs_of_texts(texts, case, scripts, removed, chosen):
     assert new._CASES[found.case] == chosen
 
 
+def test_a_letter_that_is_rare_in_one_case_only_is_not_rare():
+    texts = ["Abcdefghijk lmnop qrstu", "abcdefghijk lmnop qrstuv"] * 2
+    seen = {"sources": (), "headers": (), "unreadable": (), "num_sampled": 0, "texts": look_at_texts(texts)}
+    look = Look(num_rows=len(texts), is_whole=True, num_without_text=0, **seen)
+    assert [remark for remark in new._remarks(look) if "letters that occur" in remark] == [
+        "letters that occur once or twice: v; misspellings, perhaps"
+    ]
+
+
 @pytest.mark.parametrize(
     ("texts", "model"),
     [(["plain letters"], "facebook/wav2vec2-base"), (["größer", "naïve"], "facebook/wav2vec2-xls-r-300m"),
@@ -312,7 +321,8 @@ def test_nothing_is_overwritten_and_all_problems_come_at_once(tmp_path, here, ca
         (lambda root: recordings(root / "silent"), "silent", ["10 of 10 rows have no text", "NAME.txt beside it"]),
         (recordings, "u0.wav", ["one recording is no data set"]),
         (lambda root: (root / "notes.docx").touch(), "notes.docx", ["no table that is known here"]),
-        (lambda root: delimited(root / "t.csv", [["a", "b"], ["x", "y"]]), "t.csv", ["it has: a, b"]),
+        (lambda root: delimited(root / "t.csv", [["a", "b"], ["x", "y"]]), "t.csv",
+         ["it has: a, b", "--audio-column COLUMN"]),
         (lambda root: write_jsonl(root / "m.jsonl", [{"audio": "no.wav", "text": "x"}]), "m.jsonl",
          ["1 of 1 files cannot be read", "missing file"]),
     ],

@@ -260,5 +260,5 @@ def test_a_plan_without_a_cluster_is_not_there_yet(recipe):
 
 
 def test_what_submit_refuses_is_refused(recipe, profile):
-    with pytest.raises(RecipeError, match="keeps 8 of 9 processes busy"):
+    with pytest.raises(RecipeError, match="keeps 8 of 9 processes busy: ask for fewer with --nodes or cluster"):
         plan.main([*recipe, "--cluster", profile(), "--nodes", "9"])

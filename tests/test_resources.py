@@ -32,6 +32,13 @@ def test_an_unknown_name_lists_the_known_ones():
         resources.find("recipes", "nothing")
 
 
+def test_the_name_of_a_recipe_of_ones_own_wants_its_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("name: mine")
+    with pytest.raises(FileNotFoundError, match=r"did you mean mine\.yaml\?"):
+        resources.find("recipes", "mine")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")

@@ -232,6 +232,13 @@ def test_one_file_prints_its_text_alone(listener, folder, capsys):
     assert run(capsys, listener, folder / "one.wav")[:2] == (EXIT_DONE, "tone\n")
 
 
+def test_where_nothing_is_heard_that_is_said(listener, tmp_path, capsys):
+    soundfile.write(tmp_path / "quiet.wav", np.zeros(RATE), RATE)
+    code, out, err = run(capsys, listener, tmp_path / "quiet.wav")
+    assert (code, out) == (EXIT_DONE, "\n")
+    assert "nothing was heard in 1 of 1 files" in err
+
+
 def test_jsonl_has_word_times(listener, folder, capsys):
     code, out, _ = run(capsys, listener, folder / "deep" / "two.flac", "--format", "jsonl")
     line = json.loads(out)

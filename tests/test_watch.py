@@ -8,7 +8,7 @@ from rich.console import Console
 from asr_train.files import append_jsonl, write_json
 from asr_train.ledger import PARTS
 from asr_train.run_dir import RunDir
-from launch import watch
+from launch import status, watch
 from launch.site import slurm
 
 
@@ -52,6 +52,16 @@ def test_a_run_is_one_line_where_there_is_no_terminal(run, capsys):
     ):
         assert part in line
     assert line.count("\n") == 1
+
+
+def test_status_and_ls_say_it_in_the_same_words(run, capsys):
+    assert status.status([str(run.path)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (lines["step"], lines["wer"], lines["memory"]) == ("20/40", "dev 12.50%", "12.3 GB")
+    assert lines["ledger"].startswith("compute 75%")
+    assert not set(lines) & {"left", "max", "stragglers"}  # the run is over; the others stand in those above
+    assert status.list_runs([str(run.path.parent)]) == 0
+    assert "dev 12.50%" in capsys.readouterr().out
 
 
 def test_it_ends_when_the_run_is_over_and_prints_what_changed(run, capsys, monkeypatch):

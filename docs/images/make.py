@@ -1,4 +1,6 @@
-"""Renew the pictures of the report: `python docs/images/make.py RUN`, with a run that was evaluated, the demo's say.
+"""Renew the pictures of the report: `python docs/images/make.py RUN`, with a run that was evaluated.
+
+The one that is shown is the demo's, in two processes, with `limits.max_time_s=100` at first and a rank killed later.
 
 Needs what the browser tests need: Debian's chromium and chromium-driver, and the extra `dev`.
 """

@@ -277,7 +277,9 @@ def check_may_start(run: RunDir, *, retry: bool, force: bool) -> None:
 
 def check_size(recipe: Recipe, cluster: Cluster) -> None:
     """Refuse more processes than a step has units."""
-    check_world_size(recipe.units_per_step, cluster.num_processes * cluster.nodes, recipe.allow_idle_ranks)
+    fewer = f"ask for fewer with --nodes or cluster.{'gpus' if cluster.gpus_per_node else 'processes'}_per_node"
+    num_processes = cluster.num_processes * cluster.nodes
+    check_world_size(recipe.units_per_step, num_processes, recipe.allow_idle_ranks, fewer=fewer)
 
 
 def _code(run: RunDir, *, renew: bool) -> Path:
