@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from asr_train.errors import EXIT_DONE
+from asr_train.ledger import name_of
 from asr_train.run_dir import RunDir
 from launch.runs import open_run
 from launch.status import describe
@@ -110,7 +111,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "audio_s_per_s": "" if row["audio_s_per_s"] is None else f"{row['audio_s_per_s']:,.0f}",
         "memory": "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f} GB",
         "left": "" if row["left_s"] is None or row["state"] in _OVER else _duration(row["left_s"]),
-        "ledger": ", ".join([f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares] + late),
+        "ledger": ", ".join([f"{name_of(part)} {share:.0%}" for part, share in shares] + late),
     }
 
 
