@@ -21,6 +21,11 @@ peer_wait: for other ranks, the exchange of gradients in it. checkpoint: standin
 start of the process to the first step. other: logging, and what is between steps."""
 
 
+def name_of(part: str) -> str:
+    """A part's name for people, the same on screens, pages and in text."""
+    return part.replace("_", " ")
+
+
 class Ledger:
     """Seconds of one rank by part, since its process began.
 

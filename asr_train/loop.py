@@ -50,6 +50,7 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
         while True:
             # 1. What is due between two steps; an evaluation that a stop came before is made up for here.
             if _evaluate_and_save(job, state, saves, progress):
+                log.write_ledger()  # so that what it took is told from the steps after it, which may be lost
                 log.restart()
             if _is_over(job, state):
                 break
@@ -100,7 +101,6 @@ def fit(job: Job, state: TrainState, *, is_saved: bool) -> str:
             if sums.num_saves:
                 saves.save()
                 job.forget("save")
-        log.write_ledger()
     if job.is_main:
         said = log.spent()
         job.run.finish(state.to_json())

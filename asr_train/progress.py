@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asr_train.errors import say
+from asr_train.ledger import name_of
 from asr_train.verbosity import is_quiet
 
 _NUM_SHARES = 3  # of the ledger, that a line has room for
@@ -93,7 +94,7 @@ class TrainingProgress:
 def _largest(shares: Mapping[str, float]) -> str:
     """The parts of the ledger that take most."""
     largest = sorted(shares.items(), key=lambda item: -item[1])[:_NUM_SHARES]
-    return ", ".join(f"{part.replace('_', ' ')} {share:.0%}" for part, share in largest if share >= 0.005)
+    return ", ".join(f"{name_of(part)} {share:.0%}" for part, share in largest if share >= 0.005)
 
 
 def _duration(seconds: float) -> str:

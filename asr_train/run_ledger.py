@@ -1,151 +1,153 @@
-"""The ledger of a whole run, from its files: all attempts, what they lost, and the time between them.
+"""Where the time of a whole run went: its lives, what was lost of them, and their time in queues.
 
-Seconds are means over an attempt's ranks, so that its parts add up to its life, and all parts to the run's.
+`status`, `watch` and `report` read it. A life is one start of a run: an attempt, or a start that came to none. Seconds
+are means over the ranks of a life, so that its parts add up to its wall time, and those of all lives to the run's.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
-from asr_train.files import read_jsonl
 from asr_train.ledger import PARTS
-from asr_train.run_dir import RunDir
 
-LOST: Final = "lost_steps"
-BETWEEN: Final = "between_attempts"
-ALL_PARTS: Final[tuple[str, ...]] = (*PARTS, LOST, BETWEEN)
-"""`ledger.PARTS`, and across attempts: lost_steps, all that was done after the checkpoint that the next attempt started
-from; between_attempts, in the queue or not started."""
+RUN_PARTS: Final[tuple[str, ...]] = (*PARTS, "lost", "queue", "unaccounted")
+"""`ledger.PARTS`, and across lives: lost, all that was done after the step that the run went on from; queue, a job
+waiting to start; unaccounted, what no line says, the end of a process for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttemptLedger:
-    """One attempt.
+class LifeLedger:
+    """One life.
 
     Attributes:
-        number: of the attempt.
-        begun, ended: unix time; `ended` is the last sign of life that it wrote.
-        parts: part -> seconds, mean over ranks; they add up to ended - begun.
-        num_lost_steps: steps made beyond the checkpoint that the next attempt started from.
-        ranks: the last ledger line's, of each rank.
+        spent_s: part -> seconds, those that took any, in the order of `RUN_PARTS`; they add up to `wall_s`.
+        wall_s: from the queue to the last sign of life, by the clock.
+        world_size: its ranks.
+        ranks: the last ledger line's, of each rank; none where it came to no step.
     """
 
-    number: int
-    begun: float
-    ended: float
-    parts: Mapping[str, float]
-    num_lost_steps: int
+    spent_s: Mapping[str, float]
+    wall_s: float
+    world_size: int
     ranks: Sequence[Mapping[str, Any]]
 
-    @property
-    def world_size(self) -> int:
-        """Number of ranks; 0 when it did not come to its first step."""
-        return len(self.ranks)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunLedger:
-    """A run's attempts and where its time went: part -> seconds of wall time, which `parts` adds up to."""
+    """All lives of a run. Time between two lives that no job waited in, a night say, is none of it."""
 
-    attempts: tuple[AttemptLedger, ...]
-    parts: Mapping[str, float]
-    wall_s: float
-    rank_seconds: float  # of all ranks of all attempts: what was paid for
+    lives: Sequence[LifeLedger]
+
+    @cached_property
+    def spent_s(self) -> dict[str, float]:
+        """Part -> seconds of wall time, those that took any, in the order of `RUN_PARTS`."""
+        return _summed(life.spent_s for life in self.lives)
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Part -> share of the wall time."""
+        return {part: spent_s / self.wall_s for part, spent_s in self.spent_s.items()}
+
+    @cached_property
+    def rank_s(self) -> dict[str, float]:
+        """The same times the ranks of each life: what was paid for; a queue costs nothing."""
+        paid = _summed(
+            {part: spent_s * life.world_size for part, spent_s in life.spent_s.items()} for life in self.lives
+        )
+        return {part: 0.0 if part == "queue" else paid[part] for part in self.spent_s}
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Part -> share of the wall time; parts that took none are left out."""
-        return {part: seconds / self.wall_s for part, seconds in self.parts.items() if seconds > 0 and self.wall_s > 0}
+    def wall_s(self) -> float:
+        """By the clock."""
+        return sum(life.wall_s for life in self.lives)
 
 
-def read_run_ledger(run: RunDir) -> RunLedger | None:
-    """The ledger of a run as far as its files tell; None before its first attempt."""
-    lines: dict[int, list[dict[str, Any]]] = {}
-    for line in read_jsonl(run.metrics):
-        lines.setdefault(line.get("attempt", 0), []).append(line)
-    numbers = range(1, run.newest_attempt() + 1)
-    records = {}
-    for number in numbers:
-        with suppress(OSError, ValueError):  # torn by a full disk
-            record = run.attempt_record(number)
-            if "started" in record:
-                records[number] = record
-    found: list[AttemptLedger] = []
-    for number, record in records.items():
-        later = [next_ for next_ in records if next_ > number]
-        restart = _started_from(lines.get(later[0], [])) if later else None
-        found.append(_attempt(run, number, record, lines.get(number, []), restart))
-    if not found:
-        return None
-    parts = dict.fromkeys(ALL_PARTS, 0.0)
-    for attempt in found:
-        for part, seconds in attempt.parts.items():
-            parts[part] += seconds
-    ends = [found[0].begun]
-    for attempt in found:
-        parts[BETWEEN] += max(0.0, attempt.begun - ends[-1])
-        ends.append(max(ends[-1], attempt.ended))
-    return RunLedger(
-        attempts=tuple(found),
-        parts=parts,
-        wall_s=sum(parts.values()),
-        rank_seconds=sum((a.ended - a.begun) * max(1, a.world_size) for a in found),
+def life_ledger(
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    began: float | None,
+    ended: float | None,
+    queue_s: float,
+    kept_step: int,
+    is_cut: bool,
+    world_size: int,
+) -> LifeLedger:
+    """The account of one life.
+
+    Args:
+        lines: its lines of metrics.jsonl.
+        began: unix time, at or before `process_began`; None where nothing says it.
+        ended: unix time of its last sign of life; likewise.
+        queue_s: what it waited in a queue before.
+        kept_step: the run went on from this step; what came after it is lost.
+        is_cut: it ended without a checkpoint of its last step, so that what it did after its last line is lost too.
+        world_size: its ranks, where no line says it.
+    """
+    ledger = _ledger_lines(lines)
+    wall_s = max(0.0, ended - began) if began is not None and ended is not None else 0.0
+    spent_s = dict.fromkeys(RUN_PARTS, 0.0)
+    spent_s |= _by_ledger(ledger, lines, kept_step, began) if ledger else {"startup": _startup_s(lines, wall_s, began)}
+    spent_s["lost" if ledger and is_cut else "unaccounted"] += max(0.0, wall_s - sum(spent_s.values()))
+    spent_s["queue"] = queue_s
+    ranks = ledger[-1]["ranks"] if ledger else ()
+    return LifeLedger(
+        spent_s=_summed([spent_s]), wall_s=wall_s + queue_s, world_size=len(ranks) or world_size, ranks=ranks
     )
 
 
-def _attempt(
-    run: RunDir, number: int, record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], restart: int | None
-) -> AttemptLedger:
-    """One attempt; `restart` is the step that the next one started from, where there is a next one."""
-    ledgers = [line for line in lines if line.get("event") == "ledger"]
-    ends = [line["time"] for line in lines if "time" in line]
-    ends += [outcome["time"] for outcome in run.outcomes(number).values() if "time" in outcome]
-    parts = dict.fromkeys(ALL_PARTS, 0.0)
-    if not ledgers:
-        begun = float(record["started"])
-        ended = max([begun, *ends])
-        parts["startup"] = ended - begun
-        return AttemptLedger(number=number, begun=begun, ended=ended, parts=parts, num_lost_steps=0, ranks=())
-    last = ledgers[-1]
-    begun = last["time"] - _mean(last)["wall"]
-    ended = max([last["time"], *ends])
-    for part, seconds in _mean(last).items():
-        if part in parts:
-            parts[part] = seconds
-    parts["other"] += max(0.0, ended - begun - sum(parts.values()))  # what came after its last line
-    made = max([line["step"] for line in lines if "step" in line], default=0)
-    num_lost = 0 if restart is None else max(0, made - restart)
-    if num_lost and restart is not None:
-        kept = _at(ledgers, restart)
-        for part in PARTS:
-            kept_s = min(parts[part], kept.get(part, 0.0))
-            parts[LOST] += parts[part] - kept_s
-            parts[part] = kept_s
-    return AttemptLedger(
-        number=number, begun=begun, ended=ended, parts=parts, num_lost_steps=num_lost, ranks=last["ranks"]
-    )
+def process_began(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Unix time at which the ranks of a life began, by its ledger lines; None without one."""
+    ledger = _ledger_lines(lines)
+    return ledger[-1]["time"] - sum(_mean(ledger[-1]).values()) if ledger else None
 
 
-def _started_from(lines: Sequence[Mapping[str, Any]]) -> int | None:
-    """Step that an attempt started from; None when it did not come so far."""
-    return next((line["step"] for line in lines if line.get("event") in ("started", "restored")), None)
+def _ledger_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that name ranks, oldest first; each holds sums since a rank's beginning."""
+    return [line for line in lines if line.get("event") == "ledger" and line.get("ranks")]
+
+
+def _by_ledger(
+    ledger: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], kept_step: int, began: float | None
+) -> dict[str, float]:
+    """The last line's sums; what came after the step that the run went on from is lost, whatever it was spent on."""
+    spent_s = _mean(ledger[-1])
+    if kept_step < max(line["step"] for line in lines if "step" in line):
+        before = _at_step(ledger, kept_step)
+        kept_s = {part: min(part_s, before[part]) for part, part_s in spent_s.items()}
+        spent_s = {**kept_s, "lost": sum(spent_s.values()) - sum(kept_s.values())}
+    begun = process_began(ledger)
+    if began is not None and begun is not None:  # a rank counts from its own beginning; what came before it started it
+        spent_s["startup"] += max(0.0, begun - began)
+    return spent_s
+
+
+def _at_step(ledger: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """The sums when a step was made: between two lines in proportion to the steps; before the first, the start-up."""
+    after = next((number for number, line in enumerate(ledger) if line["step"] > step), None)
+    if after is None:
+        return _mean(ledger[-1])
+    if after == 0:
+        return {**dict.fromkeys(PARTS, 0.0), "startup": _mean(ledger[0])["startup"]}
+    low, high = _mean(ledger[after - 1]), _mean(ledger[after])
+    share = (step - ledger[after - 1]["step"]) / (ledger[after]["step"] - ledger[after - 1]["step"])
+    return {part: low[part] + share * (high[part] - low[part]) for part in PARTS}
 
 
 def _mean(line: Mapping[str, Any]) -> dict[str, float]:
-    """Part -> seconds, mean over the ranks of a ledger line; `wall` too."""
+    """Part -> seconds, the mean over the ranks of a ledger line."""
     ranks = line["ranks"]
-    return {part: sum(rank[f"{part}_s"] for rank in ranks) / len(ranks) for part in (*PARTS, "wall")}
+    return {part: sum(rank[f"{part}_s"] for rank in ranks) / len(ranks) for part in PARTS}
 
 
-def _at(ledgers: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """The parts when `step` was made, between two lines in proportion to the steps."""
-    before = [line for line in ledgers if line["step"] <= step]
-    after = [line for line in ledgers if line["step"] > step]
-    if not after:
-        return _mean(ledgers[-1])
-    if not before:
-        return {}
-    low, high = _mean(before[-1]), _mean(after[0])
-    share = (step - before[-1]["step"]) / (after[0]["step"] - before[-1]["step"])
-    return {part: low[part] + share * (high[part] - low[part]) for part in low}
+def _startup_s(lines: Sequence[Mapping[str, Any]], wall_s: float, began: float | None) -> float:
+    """Of a life without ledger lines: until its first training line; all of it where it made none."""
+    first = next((line["time"] for line in lines if "loss" in line and "time" in line), None)
+    return wall_s if first is None or began is None else min(wall_s, max(0.0, first - began))
+
+
+def _summed(parts_s: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Part -> sum, those that took any time, in the order of `RUN_PARTS`."""
+    entries = list(parts_s)
+    totals = {part: sum(entry.get(part, 0.0) for entry in entries) for part in RUN_PARTS}
+    return {part: total for part, total in totals.items() if total > 0}

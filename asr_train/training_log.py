@@ -19,16 +19,12 @@ from asr_train.errors import TrainingError
 from asr_train.files import append_jsonl
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.job import Job
-from asr_train.ledger import PARTS, stragglers
+from asr_train.ledger import PARTS, name_of, stragglers
 from asr_train.progress import TrainingProgress
 from asr_train.prometheus import write_prometheus
 from asr_train.state import TrainState
 
 _MAX_NAMED = 20  # utterances named in a line about a skipped step
-_NAMES = {
-    "compute": "computing", "padding": "on padding", "data_wait": "waiting for data", "peer_wait": "for other ranks",
-    "checkpoint": "checkpoints", "evaluation": "evaluation", "startup": "starting", "other": "other",
-}  # fmt: skip
 
 
 class Done(NamedTuple):
@@ -164,7 +160,7 @@ class TrainingLog:
         self.count_spent()
         spent_s = self._state.spent_s
         total_s = max(sum(spent_s.values()), 1e-9)
-        shares = ", ".join(f"{spent_s[part] / total_s:.1%} {_NAMES[part]}" for part in PARTS if spent_s.get(part))
+        shares = ", ".join(f"{name_of(part)} {spent_s[part] / total_s:.1%}" for part in PARTS if spent_s.get(part))
         return f"{timedelta(seconds=round(total_s))} in all: {shares}"
 
     def count_skip(self, done: list[Done], *, is_applied: bool) -> None:

@@ -16,13 +16,14 @@ from rich.table import Table
 from asr_train import checkpoints, lock
 from asr_train.errors import EXIT_DONE, RunError
 from asr_train.files import read_jsonl
-from asr_train.run_dir import RunDir, read_metrics
-from asr_train.run_ledger import read_run_ledger
+from asr_train.ledger import name_of
+from asr_train.run_dir import RunDir, kept_lines
 from launch.ending.collect import judged
 from launch.ending.evidence import where
 from launch.ending.starts import Start, starts, verdicts
 from launch.jobs import then
 from launch.jobs.submit import submissions
+from launch.report.lives import read_lives, run_ledger
 from launch.runs import open_run
 from launch.site import slurm
 from launch.site.slurm import SlurmError
@@ -153,15 +154,16 @@ def describe(run: RunDir, *, ask_slurm: bool = True) -> dict[str, Any]:
             slurm_state = slurm.job_state(jobs[-1].job_id)
         except SlurmError as error:
             problem = str(error)
-    lines = list(read_metrics(run))
+    written = [line for line in read_jsonl(run.metrics) if "step" in line]
+    lines = list(kept_lines(written))
     training = [line for line in lines if "loss" in line]
     last: Mapping[str, Any] = training[-1] if training else {}
     scores = {line["set"]: line["wer"] for line in lines if "set" in line}
-    begun = [line for line in read_jsonl(run.metrics) if line.get("event") in ("started", "restored")]
+    begun = [line for line in written if line.get("event") in ("started", "restored")]
     max_steps = begun[-1]["max_steps"] if begun else None
     left_s = (max_steps - last["step"]) * last["step_time_s"] if max_steps and last else None
     saved = checkpoints.whole(run.checkpoints)
-    spent = read_run_ledger(run)
+    lives = read_lives(run, written)
     return {
         "name": run.path.name,
         "state": _state(run, slurm_state),
@@ -177,8 +179,8 @@ def describe(run: RunDir, *, ask_slurm: bool = True) -> dict[str, Any]:
         "audio_s_per_s": last.get("audio_s_per_s"),
         "memory_bytes": last.get("memory_bytes"),
         "left_s": left_s,
-        "ledger": {} if spent is None else spent.shares,
-        "stragglers": {} if spent is None else _stragglers(spent.attempts[-1].ranks),
+        "ledger": run_ledger(lives).shares,
+        "stragglers": _stragglers(lives[-1].ledger.ranks) if lives else {},
         "checkpoint": saved[-1].name if saved else None,
         "then": then.shown(run),
         "starts": _starts(run),
@@ -241,7 +243,7 @@ def readable(row: Mapping[str, Any], num_parts: int | None = None) -> dict[str, 
         "audio_s_per_s": "" if row["audio_s_per_s"] is None else f"{row['audio_s_per_s']:,.0f}",
         "memory": "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f} GB",
         "left": "" if row["left_s"] is None or row["state"] in OVER else _duration(row["left_s"]),
-        "ledger": ", ".join([f"{part.replace('_', ' ')} {share:.0%}" for part, share in shares] + late),
+        "ledger": ", ".join([f"{name_of(part)} {share:.0%}" for part, share in shares] + late),
     }
 
 

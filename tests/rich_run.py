@@ -32,7 +32,7 @@ SLOW = {"compute_s": 0.84, "padding_s": 0.07, "data_wait_s": 0.05, "peer_wait_s"
 
 @dataclass
 class Truth:
-    """What happened, as the report should say it; seconds are means over ranks."""
+    """What happened, as the report should say it; seconds by the ledger's parts are means over ranks."""
 
     spent_s: Counter = field(default_factory=Counter)
     wall_s: float = 0.0
@@ -114,7 +114,7 @@ def mean(sums):
     return Counter({kind: sum(rank[kind] for rank in sums) / len(sums) for kind in kinds})
 
 
-def write_rich_run(path, recipe, corpus, *, pairs, message="out of memory", host="n2", ledger=True, lowest_wer=0.2):
+def write_rich_run(path, recipe, corpus, *, pairs, message="out of memory", host="n2", lowest_wer=0.2):
     """Write the run; returns what the report should say.
 
     Args:
@@ -123,7 +123,6 @@ def write_rich_run(path, recipe, corpus, *, pairs, message="out of memory", host
         pairs: id -> (reference, hypothesis), the rows of its evaluations.
         message: what the rank says that failed.
         host: name of the second node.
-        ledger: write ledger lines.
         lowest_wer: at the end, on `dev`.
     """
     run = RunDir(path)
@@ -145,8 +144,6 @@ def write_rich_run(path, recipe, corpus, *, pairs, message="out of memory", host
              "git": {"commit": "0123abc", "uncommitted_changes": False}, **facts, "resumed_from": resumed},
         )  # fmt: skip
         writer = Writer(run, ("n1", host), attempt, when, first_step, lowest_wer)
-        if not ledger:
-            writer.ledger = lambda: None
         writer.spend("startup_s", STARTUP_S)
         writer.log(
             event="restored" if first_step else "started", step=first_step, world_size=RANKS, strategy="ddp",
@@ -164,8 +161,8 @@ def write_rich_run(path, recipe, corpus, *, pairs, message="out of memory", host
             write_outcomes(writer, status, message)
         total = mean(writer.sums)
         kept = total if kept_step is None else writer.at_step[kept_step]
-        truth.spent_s.update(kept)
-        truth.spent_s["lost_s"] += total.total() - kept.total()
+        truth.spent_s.update({kind.removesuffix("_s"): seconds for kind, seconds in kept.items()})
+        truth.spent_s["lost"] += total.total() - kept.total()
         truth.wall_s += total.total()
         truth.lost_steps[writer.attempt] = writer.step - (kept_step or writer.step)
 
@@ -206,9 +203,9 @@ def write_rich_run(path, recipe, corpus, *, pairs, message="out of memory", host
     write_json(run.done, {"step": 60, "audio_s": 60 * 23.0, "best_metric": "dev/wer", "best_value": lowest_wer})
 
     # in the queue: 30 s, from the end of 7.0 to 7.1 (15), from the end of 7.1 to 7.2 (30), 40, and 25
-    truth.spent_s["queue_s"] = 30 + 15 + 30 + 40 + 25
-    truth.spent_s["startup_s"] += 5  # of 7.1, which never trained
-    truth.wall_s += 5 + truth.spent_s["queue_s"]
+    truth.spent_s["queue"] = 30 + 15 + 30 + 40 + 25
+    truth.spent_s["startup"] += 5  # of 7.1, which never trained
+    truth.wall_s += 5 + truth.spent_s["queue"]
     for step in (20, 40, 60):
         for name in ("dev", "noisy"):
             write_rows(run.evaluation(step, name), pairs)

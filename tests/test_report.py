@@ -16,14 +16,11 @@ from rich_run import MAX_STEPS, write_rich_run
 
 from asr_train.data.corpus import Corpus
 from asr_train.files import append_jsonl
-from asr_train.ledger import PARTS
 from asr_train.run_dir import RunDir
-from asr_train.run_ledger import read_run_ledger
 from launch import cli
 from launch.report import charts, rows
-from launch.report.bars import balance_chart, hours_chart, timeline_chart
+from launch.report.bars import balance_chart, ledger_chart, timeline_chart
 from launch.report.curves import length_chart, overlaid, score_charts, training_charts, wer_by_length_chart
-from launch.report.hours import sort_hours
 from launch.report.lives import read_lives
 from launch.report.page import duration, percent
 from launch.report.reading import read_record
@@ -63,6 +60,10 @@ def report(capsys, *arguments):
     return code, Path(path).read_text(encoding="utf-8") if path else "", said.err
 
 
+def lives_of(run):
+    return read_lives(run, read_record(run).lines)
+
+
 def without_scripts(page):
     return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
@@ -72,7 +73,7 @@ def without_scripts(page):
 
 def test_every_start_stands_in_its_order_with_its_end_and_what_was_lost(made):
     run, truth = made
-    lives = read_lives(read_record(run))
+    lives = lives_of(run)
     assert [(life.start, life.attempt, life.ending) for life in lives] == [
         ("7.0", 1, "node_failure"), ("7.1", None, "preflight"), ("7.2", 2, "preempted"),
         ("8.0", 3, "out_of_memory"), ("9.0", 4, "done"),
@@ -90,7 +91,7 @@ def test_every_start_stands_in_its_order_with_its_end_and_what_was_lost(made):
 
 def test_without_a_verdict_the_first_rank_that_failed_by_itself_is_named(run):
     (run.path / "verdicts.jsonl").unlink()
-    lives = {life.attempt: life for life in read_lives(read_record(run))}
+    lives = {life.attempt: life for life in lives_of(run)}
     assert (lives[3].ending, lives[3].message) == ("failed", "rank 2 on n2: out of memory")
     assert lives[2].ending == "stopped"
     assert lives[1].ending == "unknown" and "wrote nothing" in lives[1].message
@@ -98,58 +99,24 @@ def test_without_a_verdict_the_first_rank_that_failed_by_itself_is_named(run):
 
 def test_a_run_that_is_not_over_has_lost_nothing_that_may_still_be_saved(run):
     run.done.unlink()
-    assert read_lives(read_record(run))[-1].num_lost_steps == 0  # step 60 is a checkpoint
+    assert lives_of(run)[-1].num_lost_steps == 0  # step 60 is a checkpoint
     append_jsonl(run.metrics, {"attempt": 4, "step": 64, "loss": 0.1, "time": 1_790_001_000.0})
-    assert read_lives(read_record(run))[-1].num_lost_steps == 4
+    assert lives_of(run)[-1].num_lost_steps == 4
     with run.lock():
-        alive = read_lives(read_record(run))[-1]
+        alive = lives_of(run)[-1]
     assert alive.num_lost_steps == 4, "its verdict says that it ended"
     (run.path / "verdicts.jsonl").unlink()
     shutil.rmtree(run.path / "outcome" / "attempt-004")
     with run.lock():
-        alive = read_lives(read_record(run))[-1]
+        alive = lives_of(run)[-1]
     assert (alive.ending, alive.num_lost_steps) == ("running", 0)
 
 
-# --- hours ------------------------------------------------------------------------------------------------------
-
-
-def test_the_ledger_adds_up_to_the_wall_time_and_says_what_each_second_went_to(made):
-    run, truth = made
-    hours = sort_hours(read_lives(read_record(run)))
-    assert hours.has_ledger
-    assert sum(hours.spent_s.values()) == pytest.approx(hours.wall_s, rel=0.01)
-    assert hours.wall_s == pytest.approx(truth.wall_s, rel=1e-6)
-    assert hours.spent_s == pytest.approx(dict(truth.spent_s), rel=1e-6, abs=1e-3)
-    assert hours.rank_s["compute_s"] == pytest.approx(4 * truth.spent_s["compute_s"])
-
-
-def test_the_page_and_status_say_the_same_of_the_attempts(made):
-    """They differ in the time around attempts: `status` has no start without one, and no wait for the first."""
-    run, _ = made
-    told = read_run_ledger(run)
-    spent_s = sort_hours(read_lives(read_record(run))).spent_s
-    for part in set(PARTS) - {"startup"}:
-        assert spent_s[f"{part}_s"] == pytest.approx(told.parts[part]), part
-    assert spent_s["lost_s"] == pytest.approx(told.parts["lost_steps"])
-    assert spent_s["startup_s"] == pytest.approx(told.parts["startup"] + 5), "of the start that came to nothing"
-
-
-def test_without_a_ledger_the_training_lines_are_sorted_and_still_add_up(tiny_recipe, tiny_corpus, pairs, tmp_path):
-    truth = write_rich_run(tmp_path / "old", tiny_recipe(), tiny_corpus, pairs=pairs, ledger=False)
-    hours = sort_hours(read_lives(read_record(RunDir(tmp_path / "old"))))
-    assert not hours.has_ledger
-    assert sum(hours.spent_s.values()) == pytest.approx(truth.wall_s, rel=1e-6)
-    for kind in ("evaluation_s", "queue_s", "checkpoint_s", "startup_s"):
-        assert hours.spent_s[kind] == pytest.approx(truth.spent_s[kind]), kind
-    assert hours.spent_s["data_wait_s"] == pytest.approx(truth.spent_s["data_wait_s"])
-    # of a step's audio 23 of 25 seconds are no padding; 60 steps were kept, .95 s of each no waiting for data
-    assert hours.spent_s["compute_s"] == pytest.approx(60 * 0.95 * 23 / 25)
-    assert hours.spent_s["lost_s"] == pytest.approx(truth.spent_s["lost_s"])
+# --- where the time went ----------------------------------------------------------------------------------------
 
 
 def test_the_rank_that_the_others_wait_for_is_named_with_its_host(made):
-    lives = sort_hours(read_lives(read_record(made[0]))).lives
+    lives = lives_of(made[0])
     chart = balance_chart(lives[-1])
     assert "The slowest is rank 3 on n2, which takes 40.0% longer" in chart.alt
     assert chart.table.rows[0][:3] == [3, "n2", "+40.0%"]
@@ -205,20 +172,19 @@ def test_the_edges_of_lengths_are_round_and_hold_every_utterance():
 @pytest.fixture(scope="module")
 def all_charts(made):
     record = read_record(made[0])
-    lives = read_lives(record)
-    hours = sort_hours(lives)
+    lives = lives_of(made[0])
     evaluations = newest_rows(record, 5)
     return [
         *training_charts(record), *score_charts(record), wer_by_length_chart(evaluations),
-        length_chart(open_speech(record)[0]), hours_chart(hours), timeline_chart(lives),
-        balance_chart(hours.lives[-1]), *overlaid({"one": record, "other": record}),
+        length_chart(open_speech(record)[0]), ledger_chart(lives), timeline_chart(lives),
+        balance_chart(lives[-1]), *overlaid({"one": record, "other": record}),
     ]  # fmt: skip
 
 
 def test_there_is_a_chart_of_everything_that_was_recorded(all_charts):
     assert {chart.key for chart in all_charts} == {
         "loss", "lr", "grad_norm", "loss_scale", "audio_s_per_s", "memory_bytes", "wer", "cer", "wer-by-length",
-        "lengths", "hours", "timeline", "balance", "wer-dev", "wer-noisy",
+        "lengths", "ledger", "timeline", "balance", "wer-dev", "wer-noisy",
     }  # fmt: skip
 
 

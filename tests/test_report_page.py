@@ -65,7 +65,7 @@ def test_every_chart_is_drawn_without_a_word_on_the_console_or_a_request(opened)
     )
     assert {name for name, _, _ in drawn} == {
         "loss", "lr", "grad_norm", "loss_scale", "audio_s_per_s", "memory_bytes", "wer", "cer", "wer-by-length",
-        "hours", "timeline", "balance", "lengths",
+        "ledger", "timeline", "balance", "lengths",
     }  # fmt: skip
     assert [name for name, num_paths, width in drawn if not num_paths or width < 300] == []
     assert opened.read_log() == ([], [])

@@ -562,4 +562,4 @@ def test_where_the_time_went_is_counted_over_all_attempts(recipe, capfd):
     both, _ = spent(8)
     assert all(both[part] > first[part] for part in ("compute", "evaluation", "startup"))  # a save is not in itself
     said = capfd.readouterr().err
-    assert len(re.findall(r"in all: [\d.]+% computing, [\d.]+% on padding, [\d.]+% waiting for data, ", said)) == 2
+    assert len(re.findall(r"in all: compute [\d.]+%, padding [\d.]+%, data wait [\d.]+%, ", said)) == 2

@@ -28,6 +28,7 @@ def run(tmp_path):
     append_jsonl(found.metrics, {"attempt": 1, **line, "time": 1100.0})
     ranks = [rank(0, "n1", 0.0, compute=60, peer_wait=30, startup=10), rank(1, "n2", 0.4, compute=90, startup=10)]
     append_jsonl(found.metrics, {"attempt": 1, "event": "ledger", "step": 20, "ranks": ranks, "time": 1100.0})
+    append_jsonl(found.metrics, {"attempt": 1, "event": "saved", "step": 20, "time": 1100.0})
     append_jsonl(found.metrics, {"attempt": 1, "step": 20, "set": "dev", "wer": 0.125, "cer": 0.05, "time": 1100.0})
     return found
 

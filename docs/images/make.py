@@ -20,7 +20,6 @@ WIDTH, LIMIT_BYTES = 1040, 150_000
 # Name -> the first and the last thing in the picture.
 PICTURES = {
     "report.png": ("header", "#chart-lr .plot"),
-    "report-time.png": ("#h-time", "#chart-timeline .plot"),
     "report-utterances.png": ("#h-utterances", "#worst-1 > li:nth-child(3)"),
 }
 

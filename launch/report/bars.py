@@ -4,53 +4,51 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from asr_train.ledger import PARTS, name_of
 from launch.report.charts import COLOURS, NOTHING, Chart, Table, bar_layout, base_layout, evenly, plain
-from launch.report.hours import KINDS, Hours, LifeHours, ledger_lines, name_of
-from launch.report.lives import Life
+from launch.report.lives import Life, run_ledger
 
 _HOUR_S = 3600.0
-# Colour and pattern of each kind; together they tell all kinds apart. The timeline uses the same ones.
+# Colour and pattern of each part; together they tell all parts apart. The timeline uses the same ones.
 _KEPT, _LOST, _QUEUED, _STARTING = (0, ""), (1, "/"), (7, "."), (6, "|")
 _LOOKS: Final[dict[str, tuple[int, str]]] = {
-    "compute_s": _KEPT, "padding_s": (0, "/"), "data_wait_s": (2, "x"), "peer_wait_s": (3, "-"),
-    "checkpoint_s": (4, "\\"), "evaluation_s": (5, "+"), "startup_s": _STARTING, "other_s": (7, ""), "lost_s": _LOST,
-    "queue_s": _QUEUED, "unaccounted_s": (7, "x"),
+    "compute": _KEPT, "padding": (0, "/"), "data_wait": (2, "x"), "peer_wait": (3, "-"), "checkpoint": (4, "\\"),
+    "evaluation": (5, "+"), "startup": _STARTING, "other": (7, ""), "lost": _LOST, "queue": _QUEUED,
+    "unaccounted": (7, "x"),
 }  # fmt: skip
-_UNKNOWN = (2, "")  # kinds of later versions
 _MAX_LIVES = 40
 _MAX_RANKS = 64  # in the table
 _MAX_MARKS = 500  # of a kind, on the timeline
 
 
-def hours_chart(hours: Hours) -> Chart | None:
+def ledger_chart(lives: Sequence[Life]) -> Chart | None:
     """One bar for the run, one for each life; their pieces add up to the wall time."""
-    spent_s = hours.spent_s
-    total_s = sum(spent_s.values())
+    ledger = run_ledger(lives)
+    spent_s, total_s = ledger.spent_s, sum(ledger.spent_s.values())
     if not total_s:
         return None
     unit, unit_s = _unit(total_s)
-    spent = [entry for entry in hours.lives if entry.spent_s]
-    lives = spent[-_MAX_LIVES:] if len(spent) > 1 else []
-    rows = ["run", *(plain(entry.life.name) for entry in lives)]
+    spent = [life for life in lives if life.ledger.spent_s]
+    shown = spent[-_MAX_LIVES:] if len(spent) > 1 else []
+    rows = ["run", *(plain(life.name) for life in shown)]
     data = [
         {
-            "type": "bar", "orientation": "h", "name": plain(name_of(kind)), "y": rows,
-            "x": [spent_s[kind] / unit_s, *(entry.spent_s.get(kind, 0.0) / unit_s for entry in lives)],
-            "marker": _fill(_LOOKS.get(kind, _UNKNOWN)),
-            "hovertemplate": f"{plain(name_of(kind))}: %{{x:.3g}} {unit}<extra></extra>",
+            "type": "bar", "orientation": "h", "name": name_of(part), "y": rows,
+            "x": [spent_s[part] / unit_s, *(life.ledger.spent_s.get(part, 0.0) / unit_s for life in shown)],
+            "marker": _fill(_LOOKS[part]), "hovertemplate": f"{name_of(part)}: %{{x:.3g}} {unit}<extra></extra>",
         }
-        for kind in spent_s
+        for part in spent_s
     ]  # fmt: skip
-    shares = ", ".join(f"{part_s / total_s:.1%} {name_of(kind)}" for kind, part_s in spent_s.items())
+    shares = ", ".join(f"{share:.1%} {name_of(part)}" for part, share in ledger.shares.items())
     table = Table(
-        ("kind", unit, "share", f"rank-{unit}"),
-        [[name_of(kind), f"{part_s / unit_s:.3f}", f"{part_s / total_s:.1%}", f"{hours.rank_s[kind] / unit_s:.3f}"]
-         for kind, part_s in spent_s.items()],
-        totals=[["sum", f"{total_s / unit_s:.3f}", "100.0%", f"{sum(hours.rank_s.values()) / unit_s:.3f}"],
-           ["wall time, by the clock", f"{hours.wall_s / unit_s:.3f}", f"{hours.wall_s / total_s:.1%}", ""]],
+        ("part", unit, "share", f"rank-{unit}"),
+        [[name_of(part), f"{part_s / unit_s:.3f}", f"{part_s / total_s:.1%}", f"{ledger.rank_s[part] / unit_s:.3f}"]
+         for part, part_s in spent_s.items()],
+        totals=[["sum", f"{total_s / unit_s:.3f}", "100.0%", f"{sum(ledger.rank_s.values()) / unit_s:.3f}"],
+           ["wall time, by the clock", f"{ledger.wall_s / unit_s:.3f}", f"{ledger.wall_s / total_s:.1%}", ""]],
     )  # fmt: skip
     return Chart(
-        key="hours", title="Ledger", table=table, data=data, height=110 + 34 * len(rows), is_open=True,
+        key="ledger", title="Ledger", table=table, data=data, height=110 + 34 * len(rows), is_open=True,
         alt=f"Ledger. {total_s / unit_s:.2f} {unit} in all: {shares}.",
         layout=bar_layout(unit, "", barmode="stack", showlegend=True, yaxis=_category_axis(rows)),
     )  # fmt: skip
@@ -91,30 +89,29 @@ def timeline_chart(lives: Sequence[Life]) -> Chart | None:
     )  # fmt: skip
 
 
-def balance_chart(entry: LifeHours) -> Chart | None:
+def balance_chart(life: Life) -> Chart | None:
     """What every rank's time went to, by the newest ledger line of an attempt."""
-    ledger = ledger_lines(entry.life)
-    if not ledger:
+    ranks = life.ledger.ranks
+    if not ranks:
         return None
-    ranks = ledger[-1]["ranks"]
-    kinds = [kind for kind in KINDS if any(rank.get(kind) for rank in ranks)]
+    parts = [part for part in PARTS if any(rank[f"{part}_s"] for rank in ranks)]
     data = [
         {
-            "type": "bar", "name": name_of(kind), "x": [rank["rank"] for rank in ranks],
-            "y": [rank.get(kind, 0.0) for rank in ranks], "marker": _fill(_LOOKS[kind]),
+            "type": "bar", "name": name_of(part), "x": [rank["rank"] for rank in ranks],
+            "y": [rank[f"{part}_s"] for rank in ranks], "marker": _fill(_LOOKS[part]),
             "text": [plain(str(rank.get("host", ""))) for rank in ranks], "textposition": "none",
-            "hovertemplate": "rank %{x} on %{text}: %{y:.1f} s " + name_of(kind) + "<extra></extra>",
+            "hovertemplate": "rank %{x} on %{text}: %{y:.1f} s " + name_of(part) + "<extra></extra>",
         }
-        for kind in kinds
+        for part in parts
     ]  # fmt: skip
     slow = sorted(ranks, key=_slowness, reverse=True)
-    header = ("rank", "host", "slower than the median", *(f"{name_of(kind)}, s" for kind in kinds))
+    header = ("rank", "host", "slower than the median", *(f"{name_of(part)}, s" for part in parts))
     chosen = evenly(slow, _MAX_RANKS)
     table = Table(
         header,
         [
             [rank["rank"], rank.get("host", ""), f"{rank['straggler']:+.1%}" if "straggler" in rank else NOTHING,
-             *(f"{rank.get(kind, 0.0):.1f}" for kind in kinds)]
+             *(f"{rank[f'{part}_s']:.1f}" for part in parts)]
             for rank in chosen
         ],
         f"{len(chosen)} of {len(ranks)} ranks, the slowest first." if len(chosen) < len(ranks) else "",
@@ -123,8 +120,8 @@ def balance_chart(entry: LifeHours) -> Chart | None:
     layout["xaxis"] = {**layout["xaxis"], "type": "category" if len(ranks) <= 16 else "-"}
     said = _slowest(slow)
     return Chart(
-        key="balance", title=f"Ranks of {entry.life.name}", data=data, layout=layout, table=table, note=said,
-        alt=f"Balance of {len(ranks)} ranks in {entry.life.name}. {said}",
+        key="balance", title=f"Ranks of {life.name}", data=data, layout=layout, table=table, note=said,
+        alt=f"Balance of {len(ranks)} ranks in {life.name}. {said}",
     )  # fmt: skip
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from launch.report.charts import Table
 from launch.report.curves import overlaid
-from launch.report.hours import sort_hours
-from launch.report.lives import read_lives
+from launch.report.lives import read_lives, run_ledger
 from launch.report.page import duration, percent, render
 from launch.report.reading import Record
 from launch.report.rows import Rows, difference, half_width
@@ -97,13 +96,12 @@ def _difference(first: Rows | None, mine: Rows | None) -> str | None:
 def _runs(records: Mapping[str, Record]) -> Table:
     cells: list[list[Any]] = []
     for name, record in records.items():
-        lives = read_lives(record)
-        hours = sort_hours(lives)
-        useful = hours.spent_s.get("compute_s", 0.0) / hours.wall_s if hours.wall_s else None
+        lives = read_lives(record.run, record.lines)
+        ledger = run_ledger(lives)
         step = record.training[-1]["step"] if record.training else 0
         cells.append([
             name, "done" if record.done else lives[-1].ending.replace("_", " ") if lives else "new", step,
-            record.latest("max_steps"), duration(hours.wall_s), percent(useful, 1),
+            record.latest("max_steps"), duration(ledger.wall_s), percent(ledger.shares.get("compute"), 1),
             sum(life.attempt is not None for life in lives), sum(life.num_lost_steps for life in lives),
             record.latest("world_size"), record.latest("strategy"), record.latest("device"),
             (record.latest("versions") or {}).get("wavefleet"), str(record.run.path),

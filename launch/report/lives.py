@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from asr_train import lock
 from asr_train.checkpoints import order
+from asr_train.run_dir import RunDir
+from asr_train.run_ledger import LifeLedger, RunLedger, life_ledger, process_began
 from launch.ending.starts import Start, starts, verdicts
 from launch.jobs.submit import submissions
-from launch.report.reading import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Life:
         first_step: it went on from here; 0 at the very start.
         last_step: the last step that any file says it made.
         kept_step: the run went on from here, or would; what was made beyond it is lost, and made again.
+        is_cut: it ended without a checkpoint of its last step.
         ending: one word: a verdict's kind, `done`, `stopped`, `failed`, `running`, or `unknown`.
         message: a sentence about it.
         facts: its first line of metrics.jsonl and its file in attempts/.
@@ -40,6 +43,7 @@ class Life:
     first_step: int = 0
     last_step: int = 0
     kept_step: int = 0
+    is_cut: bool = False
     ending: str = "unknown"
     message: str = ""
     facts: Mapping[str, Any]
@@ -71,45 +75,64 @@ class Life:
         """How long it lasted."""
         return max(0.0, self.ended - self.began) if self.began is not None and self.ended is not None else 0.0
 
+    @cached_property
+    def ledger(self) -> LifeLedger:
+        """Where its time went."""
+        return life_ledger(
+            self.lines, began=self.began, ended=self.ended, queue_s=self.queue_s, kept_step=self.kept_step,
+            is_cut=self.is_cut, world_size=self.world_size or 1,
+        )  # fmt: skip
 
-def read_lives(record: Record) -> list[Life]:
-    """Every life of a run, oldest first."""
-    known = {start.name: start for start in starts(record.run)}
-    judged = {line["start"]: line for line in verdicts(record.run)}
+
+def read_lives(run: RunDir, lines: Sequence[Mapping[str, Any]]) -> list[Life]:
+    """Every life of a run, oldest first; `lines` are those of metrics.jsonl that name a step."""
+    known = {start.name: start for start in starts(run)}
+    judged = {line["start"]: line for line in verdicts(run)}
+    of_attempt: dict[int, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        of_attempt.setdefault(line.get("attempt", 0), []).append(line)
     found = []
-    for number in range(1, record.run.newest_attempt() + 1):
+    for number in range(1, run.newest_attempt() + 1):
         facts: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # torn by a full disk
-            facts = record.run.attempt_record(number)
+            facts = run.attempt_record(number)
         start = known.pop(str(facts.get("start")), None)
-        found.append(_attempt(record, number, facts, start, judged.get(str(facts.get("start")))))
-    found += [_without_attempt(start, judged.get(start.name)) for start in known.values()]
+        verdict = judged.get(str(facts.get("start")))
+        found.append(_attempt(run, number, facts, of_attempt.get(number, []), start, verdict))
+    found += [_without_attempt(run, start, judged.get(start.name)) for start in known.values()]
     found.sort(key=lambda life: life.began or 0.0)
-    return _queued(record, _kept(record, _running(record, found)))
+    return _queued(run, _kept(run, _running(run, found)))
+
+
+def run_ledger(lives: Sequence[Life]) -> RunLedger:
+    """Where the time of a run went, by all its lives."""
+    return RunLedger([life.ledger for life in lives])
 
 
 def _attempt(
-    record: Record, number: int, facts: Mapping[str, Any], start: Start | None, verdict: Mapping[str, Any] | None
-) -> Life:
-    lines = [line for line in record.lines if line.get("attempt") == number]
-    outcomes = record.run.outcomes(number)
+    run: RunDir, number: int, facts: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], start: Start | None,
+    verdict: Mapping[str, Any] | None,
+) -> Life:  # fmt: skip
+    outcomes = run.outcomes(number)
     times = [line["time"] for line in lines if "time" in line]
+    begins = (facts.get("started", min(times, default=None)), process_began(lines))
     first_step = max(0, order(facts.get("resumed_from") or "")[0])
-    begun = record.first_lines.get(number)
+    begun = next((line for line in lines if line.get("event") in ("started", "restored")), None)
     if begun is not None:
         first_step = begun["step"]
     steps = [line["step"] for line in lines] + [outcome["step"] for outcome in outcomes.values() if "step" in outcome]
     ending, message = _ending(outcomes, verdict)
-    ends = times + [outcome["time"] for outcome in outcomes.values() if "time" in outcome]
+    ends = times + [outcome["time"] for outcome in outcomes.values() if "time" in outcome] + _ends(run, start)
     return Life(
         attempt=number,
         start=facts.get("start"),
         hosts=start.hosts if start else tuple(filter(None, [facts.get("host")])),
         queued=None,
-        began=start.time if start else facts.get("started", min(times, default=None)),
+        began=start.time if start else min((when for when in begins if when is not None), default=None),
         ended=max(ends, default=None),
         first_step=first_step,
         last_step=max(steps, default=first_step),
+        is_cut=not {"done", "stopped"} & {outcome.get("status") for outcome in outcomes.values()},
         ending=ending,
         message=message,
         facts={**facts, **(begun or {})},
@@ -117,14 +140,20 @@ def _attempt(
     )
 
 
-def _without_attempt(start: Start, verdict: Mapping[str, Any] | None) -> Life:
+def _without_attempt(run: RunDir, start: Start, verdict: Mapping[str, Any] | None) -> Life:
     """A start whose nodes, network or code kept it from training."""
     ending, message = _ending({}, verdict)
     return Life(
         attempt=None, start=start.name, hosts=start.hosts, queued=None, began=start.time,
-        ended=verdict["time"] if verdict else None, ending=ending, message=message,
+        ended=max(_ends(run, start), default=verdict["time"] if verdict else None), ending=ending, message=message,
         facts={"world_size": len(start.hosts) * start.processes_per_node},
     )  # fmt: skip
+
+
+def _ends(run: RunDir, start: Start | None) -> list[float]:
+    """When the agents of a start's nodes saw its ranks end; of those that lived to say it."""
+    reports = {} if start is None else start.meeting(run, 0).reports(timeout_s=0)
+    return [report["time"] for report in reports.values()]
 
 
 def _ending(outcomes: Mapping[int, Mapping[str, Any]], verdict: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -140,40 +169,47 @@ def _ending(outcomes: Mapping[int, Mapping[str, Any]], verdict: Mapping[str, Any
     return "unknown", "it wrote nothing about its end: killed, or its machine was lost"
 
 
-def _kept(record: Record, lives: Sequence[Life]) -> list[Life]:
-    """Say of each what the run went on from: where the next attempt began, or what the last one has saved."""
+def _kept(run: RunDir, lives: Sequence[Life]) -> list[Life]:
+    """Say of each what the run went on from: where a later attempt began, or what the last one has saved.
+
+    An attempt that ended before it chose a checkpoint says nothing of those before it; one that went back to an old
+    checkpoint, the newer being damaged, takes steps from all of them.
+    """
     found = []
-    after: Life | None = None
+    after: int | None = None  # where the attempts after this one have begun, the earliest
     for life in reversed(lives):
-        if life.attempt is None:
-            kept = life.first_step
-        elif after is not None:
-            kept = min(life.last_step, after.first_step)
-        elif record.done or life.ending == "running":
+        has_begun = "event" in life.facts  # its first line of metrics.jsonl
+        if after is not None:
+            kept = min(life.last_step, max(life.first_step, after))
+        elif not has_begun or run.done.exists() or life.ending == "running":
             kept = life.last_step
         else:
             saved = [line["step"] for line in life.lines if line.get("event") == "saved"]
             kept = max(life.first_step, order(life.facts.get("committed") or "")[0], *saved)
         found.append(replace(life, kept_step=kept))
-        after = life if life.attempt is not None else after
+        if has_begun:
+            after = life.first_step if after is None else min(after, life.first_step)
     return found[::-1]
 
 
-def _queued(record: Record, lives: Sequence[Life]) -> list[Life]:
-    """Say since when each waited: since its job was submitted, or since the start before it ended, put back."""
-    queued_since: dict[str, float] = {entry.job_id: entry.submitted for entry in submissions(record.run)}
+def _queued(run: RunDir, lives: Sequence[Life]) -> list[Life]:
+    """Say since when each waited: since its job was submitted, or since the start before it ended, put back.
+
+    A job that was submitted while another trained the run waited for that one, until its end.
+    """
+    submitted: dict[str, float] = {entry.job_id: entry.submitted for entry in submissions(run)}
     found: list[Life] = []
+    free = 0.0  # since when nobody trains the run
     for life in lives:
-        job = (life.start or "").partition(".")[0]
-        found.append(replace(life, queued=queued_since.get(job)))
-        if life.ended is not None and job in queued_since:
-            queued_since[job] = life.ended
+        since = submitted.get((life.start or "").partition(".")[0])
+        found.append(life if since is None else replace(life, queued=max(since, free)))
+        free = max(free, life.ended or life.began or 0.0)
     return found
 
 
-def _running(record: Record, lives: Sequence[Life]) -> list[Life]:
+def _running(run: RunDir, lives: Sequence[Life]) -> list[Life]:
     """Call the newest one running, where somebody holds the run's lock."""
-    if not lives or lives[-1].ending != "unknown" or lock.holder(record.run.path / "lock.json") is None:
+    if not lives or lives[-1].ending != "unknown" or lock.holder(run.path / "lock.json") is None:
         return list(lives)
     message = "it was being trained when this page was made"
-    return [*lives[:-1], replace(lives[-1], ending="running", message=message)]
+    return [*lives[:-1], replace(lives[-1], ending="running", message=message, is_cut=False)]

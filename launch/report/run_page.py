@@ -10,11 +10,10 @@ import yaml
 from asr_train import checkpoints
 from asr_train.errors import CorpusError, say
 from asr_train.recipe import dump_recipe
-from launch.report.bars import balance_chart, clock, hours_chart, timeline_chart
+from launch.report.bars import balance_chart, clock, ledger_chart, timeline_chart
 from launch.report.charts import NOTHING, Table
 from launch.report.curves import length_chart, score_charts, training_charts, wer_by_length_chart
-from launch.report.hours import Hours, sort_hours
-from launch.report.lives import Life, read_lives
+from launch.report.lives import Life, read_lives, run_ledger
 from launch.report.page import duration, percent, render, size
 from launch.report.reading import Record
 from launch.report.rows import Rows, half_width, read_rows
@@ -38,24 +37,22 @@ class Wishes:
 
 def run_page(record: Record, wishes: Wishes) -> str:
     """The report of one run, as HTML."""
-    lives = read_lives(record)
-    hours = sort_hours(lives)
+    lives = read_lives(record.run, record.lines)
     speech, no_corpus = open_speech(record)
     evaluations = newest_rows(record, wishes.num_worst)
     clips, audio_note = _clips(speech, no_corpus, evaluations, wishes)
-    balanced = next((entry for entry in reversed(hours.lives) if balance_chart(entry) is not None), None)
+    balanced = next((life for life in reversed(lives) if life.ledger.ranks), None)
     content = {
         "title": record.name,
         "state": _state(record, lives),
         "made": time.time(),
         "notices": _notices(record),
-        "facts": _facts(record, lives, hours),
+        "facts": _facts(record, lives),
         "training": training_charts(record),
         "scores": score_table(record, evaluations) if record.evaluations else None,
         "score_charts": score_charts(record),
         "wer_by_length": wer_by_length_chart(evaluations),
-        "hours_chart": hours_chart(hours),
-        "hours_source": _hours_source(hours),
+        "ledger_chart": ledger_chart(lives),
         "timeline": timeline_chart(lives),
         "attempts": _attempts(lives),
         "checkpoints": _checkpoints(record),
@@ -142,10 +139,11 @@ def _notices(record: Record) -> list[str]:
     return found
 
 
-def _facts(record: Record, lives: Sequence[Life], hours: Hours) -> list[tuple[str, Any]]:
+def _facts(record: Record, lives: Sequence[Life]) -> list[tuple[str, Any]]:
     """The cards at the top."""
     last: Mapping[str, Any] = record.training[-1] if record.training else {}
     max_steps = record.latest("max_steps")
+    ledger = run_ledger(lives)
     facts: list[tuple[str, Any]] = [
         ("steps", f"{last.get('step', 0):,}" + (f" of {max_steps:,}" if max_steps else "")),
         ("loss, newest line", last.get("loss")),
@@ -154,8 +152,8 @@ def _facts(record: Record, lives: Sequence[Life], hours: Hours) -> list[tuple[st
         lowest = min(line["wer"] for line in record.evaluations if line["set"] == name)
         facts.append((f"lowest WER, {name}", percent(lowest)))
     facts += [
-        ("wall time", duration(hours.wall_s)),
-        ("useful compute", percent(hours.spent_s.get("compute_s", 0.0) / hours.wall_s, 1) if hours.wall_s else None),
+        ("wall time", duration(ledger.wall_s)),
+        ("useful compute", percent(ledger.shares.get("compute"), 1)),
         ("speech trained on", duration(record.done.get("audio_s"))),
         ("attempts", sum(life.attempt is not None for life in lives)),
         ("steps lost", sum(life.num_lost_steps for life in lives)),
@@ -164,15 +162,6 @@ def _facts(record: Record, lives: Sequence[Life], hours: Hours) -> list[tuple[st
         ("parameters", record.latest("num_parameters")),
     ]
     return [(name, value) for name, value in facts if value not in (None, NOTHING)]
-
-
-def _hours_source(hours: Hours) -> str:
-    if hours.has_ledger:
-        return "By the ledger: the mean over all ranks. Lost steps count whole, whatever their time went to."
-    return (
-        "No ledger lines in all attempts: those without are sorted by rank 0's training lines, coarsely, padding by"
-        " length. What no line accounts for is “unaccounted”."
-    )
 
 
 def _attempts(lives: Sequence[Life]) -> Table:
