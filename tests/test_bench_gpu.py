@@ -112,3 +112,14 @@ def test_limits_says_what_it_is_and_takes_nothing():
     done = run("limits.py", "--help")
     assert (done.returncode, done.stdout.startswith("usage: benchmarks/limits.py")) == (0, True), done.stderr
     assert run("limits.py", "--rounds", "3").returncode == 2
+
+
+def test_the_loss_that_is_timed_is_that_of_training(gpu, monkeypatch):
+    """So that what is measured may decide which kernel training takes."""
+    called, real = [], gpu.sides.ctc_losses
+    monkeypatch.setattr(gpu.sides, "ctc_losses", lambda *args, **kwargs: called.append(kwargs) or real(*args, **kwargs))
+    monkeypatch.setattr(gpu.sides, "fits_cudnn", lambda *_: True)
+    for backend, kernel in (("native", "torch"), ("cudnn", "cudnn")):
+        called.clear()
+        assert gpu.sides.ctc_ms(backend, 2, 20, 5, repeats=1) > 0
+        assert called == 4 * [{"backend": kernel}], "three to warm up, and one"
