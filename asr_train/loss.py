@@ -47,7 +47,7 @@ def ctc_losses(
             log_probabilities = log_probabilities.cpu()  # torch's CUDA kernel has no deterministic backward, and raises
         device = log_probabilities.device
         labels = labels.to(device=device, dtype=torch.int64, non_blocking=True)  # int32 could choose cuDNN's
-        if backend == "cudnn" and _fits_cudnn(log_probabilities, num_frames, num_labels, blank_id):
+        if backend == "cudnn" and fits_cudnn(log_probabilities, num_frames, num_labels, blank_id):
             losses = _cudnn_losses(log_probabilities, num_frames, labels, num_labels)
         else:
             losses = F.ctc_loss(
@@ -81,7 +81,7 @@ def cannot_align(
     return num_frames < needed
 
 
-def _fits_cudnn(
+def fits_cudnn(
     log_probabilities: torch.Tensor, num_frames: torch.Tensor, num_labels: torch.Tensor, blank_id: int
 ) -> bool:
     """Whether cuDNN's kernel takes this unit; looks at host tensors only."""
@@ -100,7 +100,7 @@ def _cudnn_losses(
 ) -> torch.Tensor:
     """Losses [B] by the form of cuDNN's kernel that takes lengths on the device; infinite where none is defined.
 
-    `F.ctc_loss` would copy such lengths back, twice for every utterance, to look at what `_fits_cudnn` knows.
+    `F.ctc_loss` would copy such lengths back, twice for every utterance, to look at what `fits_cudnn` knows.
     """
     frames, lengths = (count.to(labels.device, non_blocking=True) for count in (num_frames, num_labels))
     kernel: Any = torch.ops.aten._cudnn_ctc_loss.Tensor

@@ -217,7 +217,7 @@ def _compile(bench: Bench) -> list[Row]:
 
 
 def _ctc(bench: Bench) -> list[Row]:
-    """Both kernels of CTC, for units of 200 s."""
+    """Both kernels of the training's CTC loss, for units of 200 s."""
     rows = []
     for utterance_s in (4, 14) if not bench.is_smoke else (4,):
         sizes = (200 // utterance_s, utterance_s * 50 - 1, utterance_s * 14)

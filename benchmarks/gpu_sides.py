@@ -18,7 +18,6 @@ import datasets
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F  # noqa: N812  the usual name
 import transformers
 from length_sets import length_set
 from measuring import memory_bytes
@@ -33,6 +32,7 @@ from asr_train.data.corpus import Corpus
 from asr_train.errors import ModelError
 from asr_train.estimate import training_flops_per_s
 from asr_train.geometry import SAMPLE_RATE
+from asr_train.loss import Backend, ctc_losses, fits_cudnn
 from asr_train.model_config import load_model_config
 from asr_train.phase import Phase, PhaseFile
 from asr_train.prepare import prepare
@@ -336,7 +336,7 @@ def matrix_tflops(precision: str, size: int, repeats: int) -> float:
 
 
 def ctc_ms(backend: str, num_utterances: int, num_frames: int, num_labels: int, repeats: int) -> float:
-    """Milliseconds of CTC, forward and backward, of one unit, by one of torch's two kernels.
+    """Milliseconds of the training's CTC loss, forward and backward, of one unit, by one of its two kernels.
 
     Raises:
         ModelError: cuDNN does not take this.
@@ -345,18 +345,14 @@ def ctc_ms(backend: str, num_utterances: int, num_frames: int, num_labels: int, 
     logits = torch.randn(num_utterances, num_frames, 32, device=device, requires_grad=True)
     labels = torch.randint(1, 32, (num_utterances * num_labels,))
     frames, counts = (torch.full((num_utterances,), value) for value in (num_frames, num_labels))
-    if backend == "cudnn":
-        labels, frames, counts = labels.int(), frames.int(), counts.int()
-        if device == "cpu" or not torch._use_cudnn_ctc_loss(
-            logits.detach().transpose(0, 1).log_softmax(-1), labels, frames.tolist(), counts.tolist(), 0
-        ):
-            raise ModelError("cuDNN does not take this")
-    else:
-        labels = labels.to(device)
+    labels = labels.to(device)
+    kernel: Backend = "cudnn" if backend == "cudnn" else "torch"
+    if kernel == "cudnn" and not fits_cudnn(logits, frames, counts, 0):
+        raise ModelError("cuDNN does not take this")
 
     def both_ways() -> None:
-        loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), labels, frames, counts, reduction="sum")
-        torch.autograd.grad(loss, logits)
+        losses, _ = ctc_losses(logits, frames, labels, counts, 0, backend=kernel)
+        torch.autograd.grad(losses.sum(), logits)
 
     return float(np.median(_seconds(both_ways, repeats))) * 1000
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_benchmarks import check_committed, load, run
 
-ROOT = Path(__file__).resolve().parent.parent
+PERFORMANCE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,52 @@ def test_busy_time_counts_kernels_that_overlap_once(gpu):
 
 def test_the_documented_limits_are_those_of_the_flop_count():
     limits = load("limits")
-    assert limits.render() in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert limits.limits_table() in PERFORMANCE.read_text(encoding="utf-8")
     base = limits.rows()[0]
     assert base["gigaflops"] == pytest.approx(36, rel=0.01)  # computed by hand before the module was written
     assert base["limits"]["A100"] == pytest.approx(312_000 / 36, rel=0.01)
     assert base["expected_share"] == pytest.approx(10_000 * 36 / 788_000, rel=0.01)
+
+
+def test_the_documented_parts_of_a_step_are_those_of_the_flop_count():
+    limits = load("limits")
+    assert limits.parts_table() in PERFORMANCE.read_text(encoding="utf-8")
+    shares = limits.parts(limits._configs()["base"])
+    assert sum(shares.values()) == pytest.approx(1)
+    feed_forward = 3 * 12 * 2 * 2 * 768 * 3072 * 50  # layers, two products, a multiplication and an addition, frames
+    assert shares["feed-forward"] == pytest.approx(feed_forward / 36e9, rel=0.01)
+    scores = 3 * 12 * 2 * 2 * 768 * (14.8 * 50) * 50
+    assert shares["attention's scores"] == pytest.approx(scores / 36e9, rel=0.01)
+
+
+def test_the_documented_units_fit_and_more_memory_or_checkpointing_takes_no_smaller_ones():
+    limits = load("limits")
+    assert limits.units_table() in PERFORMANCE.read_text(encoding="utf-8")
+    for name, parameters in (("xls-r-1b", 0.96e9), ("xls-r-2b", 2.16e9)):
+        plain, checkpointed = (
+            limits.largest_units(limits._configs()[name], gradient_checkpointing=is_on) for is_on in (False, True)
+        )
+        for found in (plain, checkpointed):
+            sizes = [unit_s or 0 for unit_s in found.values()]  # GPUs stand by their memory
+            assert sizes == sorted(sizes)
+        for gpu, memory_gb in limits.MEMORY_GB.items():
+            assert (plain[gpu] or 0) <= (checkpointed[gpu] or 0)
+            if 16 * parameters > 1e9 * memory_gb:  # weights, gradients and two moments in float32
+                assert checkpointed[gpu] is None, (name, gpu)
+
+
+def test_limits_says_what_it_is_and_takes_nothing():
+    done = run("limits.py", "--help")
+    assert (done.returncode, done.stdout.startswith("usage: benchmarks/limits.py")) == (0, True), done.stderr
+    assert run("limits.py", "--rounds", "3").returncode == 2
+
+
+def test_the_loss_that_is_timed_is_that_of_training(gpu, monkeypatch):
+    """So that what is measured may decide which kernel training takes."""
+    called, real = [], gpu.sides.ctc_losses
+    monkeypatch.setattr(gpu.sides, "ctc_losses", lambda *args, **kwargs: called.append(kwargs) or real(*args, **kwargs))
+    monkeypatch.setattr(gpu.sides, "fits_cudnn", lambda *_: True)
+    for backend, kernel in (("native", "torch"), ("cudnn", "cudnn")):
+        called.clear()
+        assert gpu.sides.ctc_ms(backend, 2, 20, 5, repeats=1) > 0
+        assert called == 4 * [{"backend": kernel}], "three to warm up, and one"
