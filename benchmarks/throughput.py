@@ -20,9 +20,9 @@ from typing import Any
 import throughput_data as data
 import torch
 from measuring import count, hardware, markdown, shown, shown_bars, spread, versions
-from throughput_arena import Contestant, Turn, by_turns, contest
+from throughput_arena import CLOSE_TURNS, Contestant, Turn, by_turns, contest
 from throughput_data import Speech
-from throughput_variants import VARIANTS, Task, Tuning
+from throughput_variants import VARIANTS, Task, Tuning, epoch_steps
 
 from asr_train.data.telephone import SOUNDS
 from asr_train.errors import EXIT_DONE, WavefleetError, run_main
@@ -34,7 +34,8 @@ PEERS = {"guide": 1.5, "tuned": 1.3, "bare": 0.95}  # expected of ours, as multi
 MAX_DATA_WAIT = 0.01
 MAX_FIRST_STEP = {"guide": 0.5, "tuned": 1.0}
 STARTING = ("guide", "tuned", "accelerate", "ours")  # on the many short utterances
-BATCHES, WORKERS = (2, 4, 8, 16), (0, 1, 2)  # what the expert tries
+CLOSE = ("ours", "bare")
+WORKERS = (0, 1)  # of Trainer, what the expert tries; ours has its default of one
 IMPORTS = {
     "ours": "import asr_train.train; from transformers import Wav2Vec2ForCTC",
     "theirs": "import datasets; from transformers import Trainer, TrainingArguments, Wav2Vec2ForCTC, Wav2Vec2Processor",
@@ -57,10 +58,10 @@ class Size:
 
 
 FULL = Size(
-    rounds=4, starts=3, batch=8, base_batch=2, prompts=256, base_prompts=12, librispeech=32, short=(500, 100)
+    rounds=2, starts=3, batch=8, base_batch=2, prompts=160, base_prompts=12, librispeech=64, short=(500, 100)
 )  # fmt: skip
 SMOKE = Size(rounds=1, starts=1, batch=2, base_batch=0, prompts=48, base_prompts=0, librispeech=0, short=(40, 2))
-_BASE_ROUNDS = 2  # at most
+_BASE_ROUNDS = 1  # at most
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,37 +81,40 @@ def main(argv: Sequence[str]) -> int:
             "starts": size.starts,
             "hardware": machine,
             "versions": versions(*_LIBRARIES),
-            **measure(Path(name), size),
         }
-    result["bars"] = bars(result)
-    write_json(arguments.out, result)
+        for found in measure(Path(name), size):  # written as it goes on, so that nothing is lost of what was measured
+            result |= found
+            result["bars"] = bars(result)
+            write_json(arguments.out, result)
     print(render(result))
     print(f"written: {arguments.out}")
     return EXIT_DONE
 
 
-def measure(folder: Path, size: Size) -> dict[str, Any]:
-    """All that is measured, in the order of the tables."""
+def measure(folder: Path, size: Size) -> Iterator[dict[str, Any]]:
+    """All that is measured so far, time and again, in the order of the tables."""
     is_smoke = size == SMOKE
     speech = apart(partial(_prepared, folder, size))
-    task = Task(speech["prompts"], "tiny", size.batch, 2, 1, Tuning(2 * size.batch, 1), folder)
-    starts = first_steps(replace(task, speech=speech["short"]), size)
-    tunings: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+    tuning = Tuning(size.batch)
+    task = Task(speech["prompts"], "tiny", size.batch, 2, 1, tuning, tuning, folder)
+    found: dict[str, Any] = {"tunings": [], "rows": [], "imports": imports(0 if is_smoke else size.starts)}
+    found["starting"] = first_steps(replace(task, speech=speech["short"]), size)
+    yield found
     for ranks in (1,) if is_smoke else (1, 2):
         here = replace(task, world_size=ranks)
+        tasks = [here]
         if not is_smoke:
-            tried = search(here)
-            here = replace(here, tuning=Tuning(**max(tried, key=lambda one: one["audio_s_per_s"])["tuning"]))
-            tunings += tried
-        rows += compare(here, size.rounds, is_smoke=is_smoke)
-        if not is_smoke:
-            rows += compare(replace(here, speech=speech["librispeech"]), size.rounds)
+            tasks.append(replace(here, speech=speech["librispeech"]))
         if not is_smoke and ranks == 1:
-            tuning = replace(here.tuning, batch=min(here.tuning.batch, 2 * size.base_batch))
-            base = replace(here, speech=speech["few"], size="base", batch=size.base_batch, tuning=tuning)
-            rows += compare(base, min(_BASE_ROUNDS, size.rounds))
-    return {"tunings": tunings, "rows": rows, "starting": starts, "imports": imports(0 if is_smoke else size.starts)}
+            tasks.append(replace(here, speech=speech["few"], size="base", batch=size.base_batch))
+        for each in tasks:
+            tuned = each
+            if not is_smoke:
+                tried, tuned = tune(each)
+                found["tunings"] += tried
+            rounds = size.rounds if each.size == "tiny" else min(_BASE_ROUNDS, size.rounds)
+            found["rows"] += compare(tuned, rounds, is_smoke=is_smoke)
+            yield found
 
 
 def apart(function: Callable[[], Any]) -> Any:
@@ -138,37 +142,58 @@ def _prepared(folder: Path, size: Size) -> dict[str, Speech]:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def search(task: Task) -> list[dict[str, Any]]:
-    """What the expert tries: batch sizes, then numbers of workers with the best of them; utterances a step stay."""
-    tried: list[dict[str, Any]] = []
-    choices = [Tuning(batch, 1) for batch in BATCHES]
-    for _ in range(2):
-        with contest({one: ("tuned", replace(task, tuning=one)) for one in choices}) as found:
-            turns = by_turns(found, 1, task.steps)
-        for one, slices in turns.items():
-            rate = median(turn.audio_s_per_s for turn in slices)
-            tried.append({"ranks": task.world_size, "tuning": asdict(one), "audio_s_per_s": rate})
-            print(f"tuning at {task.world_size}: {one} {rate:.1f}", file=sys.stderr, flush=True)
-        best = max(tried, key=lambda one: one["audio_s_per_s"])["tuning"]
-        choices = [Tuning(best["batch"], workers) for workers in WORKERS if workers != best["workers"]]
+def tune(task: Task) -> tuple[list[dict[str, Any]], Task]:
+    """What the expert tried, and the task with what was fastest: parts of a step on both sides, Trainer's workers."""
+    parts = [Tuning(batch) for batch in task.batches]
+    tried = _try("tuned", task, parts)
+    batch = _fastest(tried).batch
+    tried += _try("tuned", task, [Tuning(batch, workers) for workers in WORKERS if workers != Tuning(batch).workers])
+    ours = _try("ours", task, parts)
+    return tried + ours, replace(task, trainer=_fastest(tried), ours=_fastest(ours))
+
+
+def _try(variant: str, task: Task, choices: Sequence[Tuning]) -> list[dict[str, Any]]:
+    """An epoch of each choice, after two steps that are not counted."""
+    tasks = {one: replace(task, trainer=one, ours=one) for one in choices}
+    steps = {one: apart(partial(epoch_steps, variant, tasks[one])) for one in choices}
+    with contest({one: (variant, tasks[one]) for one in choices}) as found:
+        for contestant in found.values():
+            contestant.train(1)
+        turns = by_turns(found, 1, steps)
+    tried = [
+        {
+            "set": task.speech.name, "model": task.size, "ranks": task.world_size, "variant": variant,
+            "tuning": asdict(one), "audio_s_per_s": turn.audio_s_per_s,
+        }
+        for one, (turn,) in turns.items()
+    ]  # fmt: skip
+    for one in tried:
+        print(f"{one['set']}, {task.size}, {task.world_size}: {variant}, {one['tuning']} {one['audio_s_per_s']:.1f}",
+              file=sys.stderr, flush=True)  # fmt: skip
     return tried
 
 
+def _fastest(tried: Sequence[dict[str, Any]]) -> Tuning:
+    return Tuning(**max(tried, key=lambda one: one["audio_s_per_s"])["tuning"])
+
+
 def compare(task: Task, rounds: int, *, is_smoke: bool = False) -> list[dict[str, Any]]:
-    """A row for each variant, all on the same task."""
+    """A row for each variant, all on the same task; the first epoch of each is not counted."""
+    steps = {variant: 1 if is_smoke else apart(partial(epoch_steps, variant, task)) for variant in VARIANTS}
     with contest({variant: (variant, task) for variant in VARIANTS}) as found:
-        turns = by_turns(found, rounds, 1 if is_smoke else task.steps)
+        for variant, contestant in found.items():
+            contestant.train(steps[variant])
+        turns = by_turns(found, rounds, steps, close=CLOSE)
         firsts = {variant: contestant.first for variant, contestant in found.items()}
     rows = []
     for variant, slices in turns.items():
-        pairs = zip(turns["ours"], slices, strict=True)
         row = {
             "set": task.speech.name, "model": task.size, "ranks": task.world_size, "variant": variant,
             "batch": _batch(variant, task), "utterances": task.speech.utterances, "audio_s": task.speech.audio_s,
             "steps": sum(turn.steps for turn in slices),
             "audio_s_per_s": spread([turn.audio_s_per_s for turn in slices]),
             "audio_s_per_cpu_s": spread([turn.audio_s_per_cpu_s for turn in slices]),
-            "ours_to_this": spread([ours.audio_s_per_s / theirs.audio_s_per_s for ours, theirs in pairs]),
+            "ours_to_this": spread(ratios(turns["ours"], slices)),
             "padding": 1 - sum(turn.audio_s for turn in slices) / sum(turn.padded_audio_s for turn in slices),
             "data_wait": sum(turn.data_wait * turn.seconds for turn in slices) / sum(turn.seconds for turn in slices),
             "peak_bytes": max(turn.rank_bytes for turn in [firsts[variant], *slices]),
@@ -180,13 +205,22 @@ def compare(task: Task, rounds: int, *, is_smoke: bool = False) -> list[dict[str
     return rows
 
 
+def ratios(ours: Sequence[Turn], theirs: Sequence[Turn]) -> list[float]:
+    """Of each of theirs, how much faster the slices of ours in that time were: as many as theirs, or several each."""
+    each = len(ours) // len(theirs)
+    return [
+        median(turn.audio_s_per_s for turn in ours[place * each : (place + 1) * each]) / other.audio_s_per_s
+        for place, other in enumerate(theirs)
+    ]
+
+
 def _batch(variant: str, task: Task) -> str:
     """Utterances a batch times batches a step, of one rank; ours by its units."""
-    if variant in ("ours", "bare"):
+    if variant in CLOSE:
         values = task.recipe_values
         return f"{values['unit_audio_s']:.0f} s x {values['units_per_step'] // task.world_size}"
     step = task.batch * task.accumulation
-    batch = task.tuning.batch if variant == "tuned" else task.batch
+    batch = task.trainer.batch if variant == "tuned" else task.batch
     return f"{batch} x {step // batch}"
 
 
@@ -260,10 +294,11 @@ def render(result: dict[str, Any]) -> str:
     machine = result["hardware"]
     lines += [
         f"{machine['cpu']}, {machine['cores']} cores, one thread a process, load average "
-        f"{machine['load_average_before'][0]:g}; medians and quartiles of {result['rounds']} epochs, or "
-        f"{min(_BASE_ROUNDS, result['rounds'])} of the base model. "
-        f"The expert tried: {'; '.join(_tried(result['tunings'])) or 'nothing'}.",
+        f"{machine['load_average_before'][0]:g}; medians and quartiles of {result['rounds']} epochs, "
+        f"{CLOSE_TURNS} times as many of ours and of the bare loop; of the base model "
+        f"{min(_BASE_ROUNDS, result['rounds'])}, and {CLOSE_TURNS} times as many.",
         "",
+        *_tried(result["tunings"]),
         *shown_bars(result["bars"]),
     ]
     return "\n".join(lines)
@@ -309,14 +344,19 @@ def _starting_table(result: dict[str, Any]) -> list[str]:
     return [f"To the first step, {about}:", "", *markdown(("", "s", "s, imports before", "MB"), rows)]
 
 
-def _tried(tunings: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for ranks in dict.fromkeys(one["ranks"] for one in tunings):
-        found = [
-            f"{one['tuning']['batch']}/{one['tuning']['workers']}: {one['audio_s_per_s']:.1f}"
-            for one in tunings
-            if one["ranks"] == ranks
-        ]
-        yield f"at {ranks}, batch/workers: audio-s/s, {', '.join(found)}"
+def _tried(tunings: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what the expert tried, if anything."""
+    if not tunings:
+        return []
+    sides: dict[tuple[str, ...], list[str]] = {}
+    for one in tunings:
+        tuning, variant = one["tuning"], VARIANTS[one["variant"]].name
+        choice = f"{tuning['batch']}/{tuning['workers']}"
+        side = (one["set"], one["model"], str(one["ranks"]), variant)
+        sides.setdefault(side, []).append(f"{choice}: {one['audio_s_per_s']:.1f}")
+    cells = [[*side, ", ".join(found)] for side, found in sides.items()]
+    columns = ("set", "model", "processes", "tuned", "utterances a batch / workers: audio-s/s")
+    return ["What the expert tried:", "", *markdown(columns, cells, num_left=4), ""]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 import psutil
@@ -24,6 +24,8 @@ from asr_train.geometry import SAMPLE_RATE
 from asr_train.stop import PR_SET_PDEATHSIG
 
 _Key = TypeVar("_Key")
+CLOSE_TURNS = 3
+_MAX_TURN_S = 900
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # what accelerate's launcher sets
     "ACCELERATE_USE_CPU": "true",
@@ -92,17 +94,21 @@ class Contestant:
         return Turn.of(self._receive())
 
     def _receive(self) -> list[Slice]:
-        found = []
-        for connection in self._connections:
-            try:
-                received = connection.recv()
-            except EOFError:
-                received = "it ended without a word"
+        found: dict[Connection, Slice] = {}
+        until_s = time.monotonic() + _MAX_TURN_S
+        while left := [connection for connection in self._connections if connection not in found]:
+            ready: Any = wait(left, timeout=max(0.0, until_s - time.monotonic()))
+            received: Any = f"no step for {_MAX_TURN_S} s"
+            for connection in ready:
+                try:
+                    received = connection.recv()
+                except EOFError:
+                    received = "it ended without a word"
+                found[connection] = received
             if isinstance(received, str):
                 self.close()
                 raise WavefleetError(f"{VARIANTS[self.variant].name} failed:\n{received}")
-            found.append(received)
-        return found
+        return [found[connection] for connection in self._connections]
 
     def close(self) -> None:
         """End the processes and their loaders' workers, which may stand still."""
@@ -129,14 +135,24 @@ def contest(entries: Mapping[_Key, tuple[str, Task]]) -> Iterator[dict[_Key, Con
             contestant.close()
 
 
-def by_turns(found: Mapping[_Key, Contestant], rounds: int, steps: int) -> dict[_Key, list[Turn]]:
-    """Train in slices of so many steps, forth and back; all have had a step before that is not counted."""
-    for contestant in found.values():
-        contestant.train(1)
+def by_turns(
+    found: Mapping[_Key, Contestant], rounds: int, steps: Mapping[_Key, int], *, close: Sequence[_Key] = ()
+) -> dict[_Key, list[Turn]]:
+    """Train in slices, forth and back.
+
+    Args:
+        found: the contestants.
+        rounds: in each of which everyone has a slice.
+        steps: of a slice, of each.
+        close: those that are as fast as each other, nearly: they have `CLOSE_TURNS` slices a round, by turns.
+    """
     turns: dict[_Key, list[Turn]] = {key: [] for key in found}
     for number in range(rounds):
-        for key in list(found) if number % 2 == 0 else reversed(found):
-            turns[key].append(found[key].train(steps))
+        order = list(found)
+        for again in range(CLOSE_TURNS - 1):
+            order += close if again % 2 else reversed(close)
+        for key in order if number % 2 == 0 else reversed(order):
+            turns[key].append(found[key].train(steps[key]))
     return turns
 
 

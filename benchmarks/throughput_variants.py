@@ -33,16 +33,18 @@ from transformers import (
     get_scheduler,
 )
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import asr_train.train
 from asr_train.data.batch import input_values, make_batch
 from asr_train.data.plan import Plan
+from asr_train.errors import WavefleetError
 from asr_train.loss import ctc_losses
 from asr_train.model import build_model
 from asr_train.phase import Phase, PhaseFile
 from asr_train.prepare import prepare
 from asr_train.recipe import decode_recipe
-from asr_train.train import _make_plan
+from asr_train.train import plan_of
 
 _FOR_EVER = 1_000_000  # steps
 _LEARNING_RATE, _WARMUP_STEPS, _MAX_NORM = 1e-5, 500, 1.0  # the guide's; and Trainer's default
@@ -50,10 +52,10 @@ _LEARNING_RATE, _WARMUP_STEPS, _MAX_NORM = 1e-5, 500, 1.0  # the guide's; and Tr
 
 @dataclass(frozen=True)
 class Tuning:
-    """What an expert chooses for Trainer."""
+    """What an expert chooses; utterances a step stay as they are."""
 
-    batch: int
-    workers: int
+    batch: int  # utterances; of ours, seconds as those of so many utterances
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Task:
     batch: int  # utterances a batch in the guide
     accumulation: int
     world_size: int
-    tuning: Tuning
+    trainer: Tuning
+    ours: Tuning  # of the bare loop too
     folder: Path  # to write into
-    units: int = 2  # of ours, a step and rank
 
     @property
     def model(self) -> Path:
@@ -75,9 +77,15 @@ class Task:
         return self.speech.model
 
     @property
-    def steps(self) -> int:
-        """Of an epoch, in which every utterance is trained on once: `group_by_length` has the longest ones first."""
-        return max(1, round(self.speech.utterances / (self.batch * self.accumulation * self.world_size)))
+    def batches(self) -> list[int]:
+        """Utterances a batch that an expert tries: a step in 8, 4, 2 parts or one."""
+        step = self.batch * self.accumulation
+        return [step // parts for parts in (8, 4, 2, 1) if parts <= step]
+
+    @property
+    def units(self) -> int:
+        """Of ours, a step and rank."""
+        return self.batch * self.accumulation // self.ours.batch
 
     @property
     def recipe_values(self) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def train_bare(task: Task, baton: Baton) -> None:
     recipe = decode_recipe(task.recipe_values)
     corpus = prepare(recipe, progress=False)
     module = build_model(recipe, corpus.vocabulary, say=lambda text: None)
-    plan = _make_plan(recipe, corpus, module.hf.config)
+    plan = plan_of(recipe, corpus)
     model: Any = module
     rank = int(os.environ.get("RANK", "0"))
     if task.world_size > 1:
@@ -229,12 +237,28 @@ def train_bare(task: Task, baton: Baton) -> None:
 def _in_memory(plan: Plan, corpus: Any, module: Any, rank: int, world_size: int) -> list[tuple[int, list[Any]]]:
     """An epoch of steps: utterances of all ranks, and this rank's units with their waveforms."""
     steps = []
-    for step in range(plan.steps_per_epoch):
-        if plan.num_units_in(0, step) == plan.settings.units_per_step:  # so that no rank is idle
-            units = plan.step_units(0, step)[rank::world_size]
-            batches = [make_batch(corpus.train, unit, module.batch_settings, seed=None) for unit in units]
-            steps.append((plan.num_utterances_in(0, step), [(input_values(batch), batch) for batch in batches]))
+    for step in _full_steps(plan, world_size):
+        units = plan.step_units(0, step)[rank::world_size]
+        batches = [make_batch(corpus.train, unit, module.batch_settings, seed=None) for unit in units]
+        steps.append((plan.num_utterances_in(0, step), [(input_values(batch), batch) for batch in batches]))
     return steps
+
+
+def _full_steps(plan: Plan, world_size: int) -> list[int]:
+    """The steps of an epoch in which no rank is idle."""
+    found = [step for step in range(plan.steps_per_epoch) if plan.num_units_in(0, step) >= world_size]
+    if not found:
+        raise WavefleetError(f"no step of the plan has a unit for each of {world_size} ranks: train on more utterances")
+    return found
+
+
+def epoch_steps(variant: str, task: Task) -> int:
+    """Steps in which a variant sees every utterance once; `group_by_length` has the longest ones first."""
+    if variant not in ("ours", "bare"):
+        return max(1, round(task.speech.utterances / (task.batch * task.accumulation * task.world_size)))
+    recipe = decode_recipe(task.recipe_values)
+    plan = plan_of(recipe, prepare(recipe, progress=False))
+    return plan.steps_per_epoch if variant == "ours" else len(_full_steps(plan, task.world_size))
 
 
 # --- theirs -----------------------------------------------------------------------------------------------------
@@ -291,6 +315,15 @@ class _Watches(TrainerCallback):
         self.baton.step_done()
 
 
+class _KnowsLengths(Trainer):
+    """Gives its own sampler the lengths as a list; from their column it reads each with its waveform, several times."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(step, lengths=rows.data.column("length").to_pylist())
+
+
 def _rows(path: Path, copies: int) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path))] * copies)
 
@@ -313,15 +346,15 @@ def train_guide(task: Task, baton: Baton) -> None:
 def train_tuned(task: Task, baton: Baton) -> None:
     """Trainer as an expert has it: numpy arrays, lengths in a column, workers, the batch that suits it best."""
     processor: Any = Wav2Vec2Processor.from_pretrained(task.model)
-    tuning = task.tuning
+    tuning = task.trainer
     step = task.batch * task.accumulation
     with_workers = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4} if tuning.workers else {}
     arguments = _arguments(
         task, per_device_train_batch_size=tuning.batch, gradient_accumulation_steps=max(1, step // tuning.batch),
-        dataloader_num_workers=tuning.workers, dataloader_pin_memory=False, length_column_name="length",
-        remove_unused_columns=False, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, **with_workers,
+        dataloader_num_workers=tuning.workers, dataloader_pin_memory=False, remove_unused_columns=False,
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, **with_workers,
     )  # fmt: skip
-    trainer = Trainer(
+    trainer = _KnowsLengths(
         model=AutoModelForCTC.from_pretrained(task.model, dtype=torch.float32),
         args=arguments,
         train_dataset=_rows(task.speech.flat, task.speech.copies).with_format("numpy"),

@@ -1,6 +1,9 @@
 """`benchmarks/throughput.py`: all variants train on the same utterances, and what is counted is what was trained on."""
 
 import json
+import os
+import sys
+import time
 from multiprocessing import Pipe
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from bench import check_committed, load, run
 from transformers import Wav2Vec2FeatureExtractor
 
 from asr_train.data.text import Vocabulary
+from asr_train.errors import WavefleetError
 from asr_train.model_config import build_processor
 
 
@@ -33,7 +37,8 @@ def test_throughput_trains_every_variant_on_the_same_speech(throughput, tmp_path
     result = json.loads(out.read_text())
     rows = {row["variant"]: row for row in result["rows"]}
     assert list(rows) == ["guide", "tuned", "accelerate", "ours", "bare"]
-    assert len({(row["utterances"], row["audio_s"], row["steps"]) for row in rows.values()}) == 1
+    assert len({(row["utterances"], row["audio_s"]) for row in rows.values()}) == 1
+    assert [row["steps"] for row in rows.values()] == [1, 1, 1, 3, 3], "ours and the bare loop three times each"
     for row in rows.values():
         assert row["audio_s_per_s"]["median"] > 0
         assert 0 <= row["padding"] < 0.7
@@ -92,6 +97,62 @@ def test_a_turn_is_as_long_as_its_slowest_rank(throughput, variants):
     assert (turn.seconds, turn.audio_s_per_s, turn.steps) == (5.0, 2.0, 2)
     assert turn.audio_s_per_cpu_s == 10 / 8
     assert (turn.audio_s, turn.padded_audio_s, turn.data_wait, turn.rank_bytes) == (10.0, 12.0, 0.2, 200)
+
+
+def test_a_ratio_is_that_of_neighbours_in_time(throughput):
+    def turns(*rates):
+        return [SimpleNamespace(audio_s_per_s=rate) for rate in rates]
+
+    ours = turns(10.0, 12.0, 50.0, 20.0, 30.0, 1.0)
+    assert throughput.ratios(ours, turns(6.0, 10.0)) == [2.0, 2.0], "the medians of three, beside one"
+    assert throughput.ratios(ours, turns(10.0, 6.0, 25.0, 40.0, 30.0, 2.0)) == [1.0, 2.0, 2.0, 0.5, 1.0, 0.5]
+
+
+def test_contestants_take_turns_forth_and_back_and_close_ones_three_a_round(throughput):
+    order = []
+
+    class Contestant:
+        def __init__(self, name):
+            self.name = name
+
+        def train(self, steps):
+            order.append((self.name, steps))
+            return len(order)
+
+    found = {name: Contestant(name) for name in "abc"}
+    turns = sys.modules["throughput_arena"].by_turns(found, 2, {"a": 5, "b": 6, "c": 7}, close=("b", "c"))
+    once = "abccbbc"
+    assert "".join(name for name, _ in order) == once + once[::-1]
+    assert set(order) == {("a", 5), ("b", 6), ("c", 7)}
+    assert {name: len(each) for name, each in turns.items()} == {"a": 2, "b": 6, "c": 6}
+
+
+def test_a_contestant_that_fails_or_makes_no_step_is_an_error_not_a_wait(throughput, variants, monkeypatch):
+    arena = sys.modules["throughput_arena"]
+    task = SimpleNamespace(world_size=2)
+
+    def fails_on_one_rank(task, baton):
+        if os.environ["RANK"] == "1":
+            raise ValueError("no more utterances")
+        time.sleep(60)
+
+    monkeypatch.setattr(variants.psutil, "Process", lambda *pid: SimpleNamespace(children=lambda **_: []))
+    monkeypatch.setitem(variants.VARIANTS, "fails", variants.Variant("the one that fails", fails_on_one_rank))
+    monkeypatch.setitem(variants.VARIANTS, "sleeps", variants.Variant("the sleeper", lambda *_: time.sleep(60)))
+    with pytest.raises(WavefleetError, match=r"the one that fails failed:(\n|.)*no more utterances"):
+        arena.Contestant("fails", task)
+    monkeypatch.setattr(arena, "_MAX_TURN_S", 0.2)
+    with pytest.raises(WavefleetError, match=r"the sleeper failed:\nno step for 0\.2 s"):
+        arena.Contestant("sleeps", task)
+
+
+def test_the_bare_loop_keeps_each_step_that_has_work_for_all_ranks(variants):
+    units = [4, 4, 3, 1]
+    plan = SimpleNamespace(steps_per_epoch=4, num_units_in=lambda epoch, step: units[step])
+    assert variants._full_steps(plan, 1) == [0, 1, 2, 3]
+    assert variants._full_steps(plan, 2) == [0, 1, 2]
+    with pytest.raises(WavefleetError, match="each of 5 ranks"):
+        variants._full_steps(plan, 5)
 
 
 def test_bars_are_judged_at_each_number_of_processes(throughput):
