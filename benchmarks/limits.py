@@ -102,7 +102,9 @@ def largest_units(config: Mapping[str, Any], *, gradient_checkpointing: bool) ->
         needed[unit_s] = max(map(bytes_of, worst_shapes(index, plan, 0, bytes_of)))
     return {
         gpu: largest(_UNITS_S, lambda unit_s, room=room: needed[unit_s] <= room)  # type: ignore[misc, index]
-        for gpu, room in ((gpu, (size - _CONTEXT_GB) * 1e9 * (1 - ESTIMATE_HEADROOM)) for gpu, size in MEMORY_GB.items())
+        for gpu, room in (
+            (gpu, (size - _CONTEXT_GB) * 1e9 * (1 - ESTIMATE_HEADROOM)) for gpu, size in MEMORY_GB.items()
+        )
     }
 
 
