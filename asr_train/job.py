@@ -11,6 +11,7 @@ from asr_train.data.loader import TurnBatches
 from asr_train.data.plan import Plan
 from asr_train.ledger import Ledger
 from asr_train.phase import PhaseFile
+from asr_train.prometheus import PrometheusFile
 from asr_train.run_dir import RunDir
 from asr_train.stop import Requests, StopFlag
 from asr_train.strategy import Parallel
@@ -34,6 +35,7 @@ class Job:
     requests: Requests | None  # rank 0's
     phase: PhaseFile
     ledger: Ledger
+    prometheus: PrometheusFile  # rank 0's writes
 
     @property
     def is_main(self) -> bool:

@@ -278,6 +278,7 @@ def _evaluate(job: Job, state: TrainState, progress: TrainingProgress) -> bool:
         line = {"step": state.step, "set": name, **values}
         job.log({**line, "seconds": time.monotonic() - start})
         job.parallel.accelerator.log({f"{name}/wer": score.wer, f"{name}/cer": score.cer}, step=state.step)
+        job.prometheus.show({"wer": score.wer, "cer": score.cer}, evaluated=name)
         progress.score(name, line)
         if best_metric.partition("/")[0] == name:
             measured = best_metric.partition("/")[2]

@@ -164,11 +164,11 @@ def _remarks(look: Look) -> list[str]:
         remarks.append("texts hold digits, which are not written as they are spoken: better spelt out")
     if len(look.texts.letters) > _MANY_LETTERS:
         remarks.append(f"{len(look.texts.letters)} different characters: rare ones will hardly be learnt")
-    letters = look.texts.characters
-    if look.texts.case == "both":  # one is made of both
-        letters = Counter(key.lower() for key in letters.elements())
-    rare = [key for key, count in letters.items() if count < 3 and key.isalpha()]
-    if rare and len(look.texts.characters) > 20:
+    learnt: Counter[str] = Counter()
+    for key, count in look.texts.characters.items():
+        learnt[key.lower() if look.texts.case == "both" else key] += count  # as `_CASES` has it
+    rare = [key for key, count in learnt.items() if count < 3 and key.isalpha()]
+    if rare and len(learnt) > 20:
         remarks.append(f"letters that occur once or twice: {' '.join(sorted(rare)[:20])}; misspellings, perhaps")
     if len(look.texts.scripts) > 1:
         remarks.append(f"several scripts: {', '.join(look.texts.scripts)}")

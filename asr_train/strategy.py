@@ -160,8 +160,8 @@ def check_environment(recipe: Recipe) -> None:
     if unknown := sorted(set(recipe.log.trackers) - {str(name) for name in get_available_trackers()}):
         known = ", ".join(sorted(str(name) for name in get_available_trackers()))
         raise RecipeError(f"log.trackers: {', '.join(unknown)}: not installed, or unknown to accelerate; here: {known}")
-    if recipe.log.prometheus is not None:
-        check_prometheus()
+    if recipe.log.prometheus is not None and os.environ.get("RANK", "0") == "0":  # which writes it, on its node
+        check_prometheus(recipe.log.prometheus)
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise RecipeError(

@@ -36,6 +36,7 @@ from asr_train.model_config import load_model_config
 from asr_train.optim import build_optimizer, may_fuse
 from asr_train.phase import PhaseFile
 from asr_train.prepare import prepare, wait_for_corpus
+from asr_train.prometheus import PrometheusFile
 from asr_train.recipe import load_recipe, recipe_hash, run_directory
 from asr_train.restore import choose, restore
 from asr_train.run_dir import RunDir, library_versions, locked_message
@@ -198,6 +199,7 @@ def _attempt(
         requests=requests,
         phase=phase,
         ledger=Ledger(quadratic=plan.settings.quadratic),
+        prometheus=PrometheusFile(recipe.log.prometheus if is_main else None, run.path.name),
     )
     first_line = {
         "event": "restored" if newest else "started", "step": state.step, **facts, "tf32": recipe.tf32,

@@ -21,7 +21,6 @@ from asr_train.geometry import SAMPLE_RATE
 from asr_train.job import Job
 from asr_train.ledger import PARTS, name_of, stragglers
 from asr_train.progress import TrainingProgress
-from asr_train.prometheus import write_prometheus
 from asr_train.state import TrainState
 
 _MAX_NAMED = 20  # utterances named in a line about a skipped step
@@ -122,8 +121,7 @@ class TrainingLog:
         numbers = {key: value for key, value in line.items() if key != "step"}
         tracked = {**numbers, **{f"ledger/{part}": share for part, share in shares.items()}}
         job.parallel.accelerator.log(tracked, step=state.step)
-        if job.is_main and job.recipe.log.prometheus is not None:
-            write_prometheus(job.recipe.log.prometheus, job.recipe.name, {"step": state.step, **tracked})
+        job.prometheus.show({"step": state.step, **tracked})
         self._progress.log(line, shares)
         self.restart()
 

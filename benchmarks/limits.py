@@ -1,5 +1,4 @@
-"""`python benchmarks/limits.py`: what a model's config alone says of training it on a GPU: how fast at most, what a step
-does, and which units fit.
+"""`python benchmarks/limits.py`: how fast a GPU trains at most, what a step does, which units fit; from configs alone.
 
 Counts FLOPs (asr_train/estimate.py) and bytes (asr_train/memory_estimate.py), and measures nothing; docs/performance.md
 holds the tables.
@@ -15,7 +14,7 @@ from measuring import markdown
 from model_shapes import MODEL_SHAPES
 from transformers import Wav2Vec2Config
 
-from asr_train.auto_unit import ESTIMATE_HEADROOM, largest, worst_shapes
+from asr_train.auto_unit import ESTIMATE_HEADROOM, worst_shapes
 from asr_train.data.lengths import LengthIndex
 from asr_train.data.plan import PlanSettings
 from asr_train.errors import EXIT_DONE, run_main
@@ -84,7 +83,7 @@ def parts(config: Mapping[str, Any]) -> dict[str, float]:
     return {name: value / sum(flops.values()) for name, value in flops.items()}
 
 
-def largest_units(config: Mapping[str, Any], *, gradient_checkpointing: bool) -> dict[str, float | None]:
+def largest_units(config: Mapping[str, Any], *, gradient_checkpointing: bool) -> dict[str, int | None]:
     """GPU -> the largest unit, in seconds of audio, that is predicted to fit; None where not even the smallest does."""
     index = LengthIndex.build(length_set(_LENGTHS, _NUM_UTTERANCES))
     settings = MemorySettings(
@@ -100,12 +99,11 @@ def largest_units(config: Mapping[str, Any], *, gradient_checkpointing: bool) ->
             unit_audio_s=unit_s, unit_utterances=None, units_per_step=8, order="cost", quadratic=quadratic_share(config)
         )
         needed[unit_s] = max(map(bytes_of, worst_shapes(index, plan, 0, bytes_of)))
-    return {
-        gpu: largest(_UNITS_S, lambda unit_s, room=room: needed[unit_s] <= room)  # type: ignore[misc, index]
-        for gpu, room in (
-            (gpu, (size - _CONTEXT_GB) * 1e9 * (1 - ESTIMATE_HEADROOM)) for gpu, size in MEMORY_GB.items()
-        )
-    }
+    found = {}
+    for gpu, size_gb in MEMORY_GB.items():
+        room = (size_gb - _CONTEXT_GB) * 1e9 * (1 - ESTIMATE_HEADROOM)
+        found[gpu] = max((unit_s for unit_s in _UNITS_S if needed[unit_s] <= room), default=None)
+    return found
 
 
 def limits_table() -> str:
@@ -145,8 +143,8 @@ def units_table() -> str:
     return "\n".join(markdown(["unit_audio_s, at most", *columns], cells))
 
 
-def _unit(unit_s: float | None) -> str:
-    return "–" if unit_s is None else f"{unit_s:,}"
+def _unit(unit_s: int | None) -> str:
+    return "\u2013" if unit_s is None else f"{unit_s:,}"
 
 
 def _configs() -> dict[str, dict[str, Any]]:

@@ -3,9 +3,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_benchmarks import check_committed, load, run
+
+from asr_train.data.lengths import LengthIndex
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,25 @@ def test_ours_waits_once_a_step_and_twice_in_fp16_whatever_the_number_of_units(t
     assert rows["guide", "fp32"]["syncs"] >= 4 * result["units_per_step"], "masks, losses, truth values, each batch"
     assert list(tmp_path.iterdir()) == [out]
     check_committed("syncs", result)
+
+
+def test_unmasked_finds_nothing_with_the_mask_and_something_without(tmp_path):
+    out = tmp_path / "unmasked.json"
+    done = run("unmasked.py", "--smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    rounding, *rows = result["changes"]
+    assert all(row["masked"] < 1e-5 < row["unmasked"] for row in rows)
+    assert rounding["bf16"] > 1e-5
+    for row in result["units"]:
+        assert 0 <= row["unpadded"] <= row["units"]
+        assert 0 < row["padded_share"] < 0.3
+    check_committed("unmasked", result)
+
+
+def test_units_of_one_length_that_shapes_have_are_not_padded(monkeypatch):
+    unmasked = load("unmasked")
+    rounded = int(LengthIndex.build(np.array([10 * 16_000])).lengths[0])
+    monkeypatch.setattr(unmasked, "length_set", lambda name, count: np.full(count, rounded))
+    found = unmasked.units("equal", unmasked.Wav2Vec2Config(), 8)
+    assert (found["unpadded"], found["padded_share"]) == (found["units"], 0)

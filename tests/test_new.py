@@ -230,6 +230,21 @@ def test_segments_count_with_their_own_length(tmp_path, here):
     assert set(found.durations_s) == {1.0}
 
 
+def test_a_letter_is_rare_where_it_is_so_in_the_case_that_is_learnt(tmp_path, here):
+    jsonl_table(tmp_path)
+    look = look_at([TableSource(kind="jsonl", path=str(tmp_path / "manifest.jsonl"))])
+
+    def rare(texts):
+        remarks = new._remarks(replace(look, texts=look_at_texts(texts)))
+        said = [remark for remark in remarks if "once or twice" in remark]
+        return said and said[0].partition(": ")[2].partition(";")[0].split()
+
+    sentence = "the quick brown fox jumps over the lazy dog"
+    assert rare([sentence.capitalize()] + 3 * [sentence]) == []
+    assert rare([sentence + " Ñ"] + 3 * [sentence]) == ["ñ"]
+    assert rare(3 * [sentence.upper()] + ["Ñ"]) == ["Ñ"]
+
+
 @pytest.mark.parametrize(
     ("texts", "case", "scripts", "removed", "chosen"),
     [

@@ -20,9 +20,10 @@ from asr_train.run_dir import RunDir
 from launch import cli
 from launch.report import charts, rows
 from launch.report.bars import balance_chart, ledger_chart, timeline_chart
+from launch.report.charts import Table
 from launch.report.curves import length_chart, overlaid, score_charts, training_charts, wer_by_length_chart
 from launch.report.lives import read_lives
-from launch.report.page import duration, percent
+from launch.report.page import duration, number_columns, percent
 from launch.report.reading import read_record
 from launch.report.rows import difference, half_width, read_rows
 from launch.report.run_page import newest_rows
@@ -392,6 +393,12 @@ def test_one_run_named_twice_is_one_run(made, capsys, tmp_path):
 def test_recordings_are_no_part_of_a_comparison(made, run, capsys):
     assert cli.main(["report", str(made[0].path), str(run.path), "--audio"]) == 2
     assert "--audio" in capsys.readouterr().err
+
+
+def test_a_column_stands_at_the_right_where_all_of_it_are_numbers():
+    rows = [["loss", 1, "0.1.0", "9.16\u202f% ± 0.71", None, True], ["wer", charts.NOTHING, "2.13.0+cpu", "", 5, 3]]
+    assert number_columns(Table(("a", "b", "c", "d", "e", "f"), rows)) == [False, True, False, True, True, False]
+    assert number_columns(Table(("a", "b"), [])) == [False, False]
 
 
 def test_figures_are_written_as_people_read_them():

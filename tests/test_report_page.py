@@ -6,6 +6,7 @@ skipped, and a skipped test fails CI.
 
 import re
 import subprocess
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -212,6 +213,8 @@ def test_on_a_phone_nothing_makes_the_page_wider_than_the_screen(window, page):
     assert window.run("return [document.documentElement.scrollWidth, window.innerWidth]") == [360, 360]
     widths = window.run("return [...document.querySelectorAll('.plot .main-svg')].map(chart => chart.clientWidth)")
     assert widths and max(widths) <= 360 and min(widths) > 250
+    tops = window.run("return [...document.querySelectorAll('.facts > div')].map(card => card.offsetTop)")
+    assert max(Counter(tops).values()) == 2, "cards stand in pairs"
     hidden = window.run(  # a chart under its legend keeps a height that can be read
         "return [...document.querySelectorAll('.plot')].map(place => [place.dataset.chart,"
         " place.querySelector('.nsewdrag').getBoundingClientRect().height])"

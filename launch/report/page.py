@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from asr_train import __version__
 from launch.report.bars import clock
-from launch.report.charts import NOTHING, Chart
+from launch.report.charts import NOTHING, Chart, Table
 
 # 1,234   +3.2   9.16 % ± 0.71   5 h 12 min   13.4 MB
 _NUMBER: Final = (
@@ -41,7 +41,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["is_number"] = is_number
+    environment.globals["number_columns"] = number_columns
     environment.filters |= {"percent": percent, "duration": duration, "size": size, "clock": clock, "number": number}
     script = files.joinpath("report.js").read_text(encoding="utf-8")
     plotly = get_plotlyjs()
@@ -90,8 +90,14 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def is_number(cell: Any) -> bool:
-    """Whether a cell stands at the right of its column: a number, or a text of one with its unit."""
+def number_columns(table: Table) -> list[bool]:
+    """Which columns of a table stand at the right: those that hold numbers, or nothing, and no other text."""
+    columns = [[row[at] for row in table.rows if row[at] not in (None, "")] for at in range(len(table.header))]
+    return [bool(cells) and all(map(_is_number, cells)) for cells in columns]
+
+
+def _is_number(cell: Any) -> bool:
+    """A number, or a text of one with its unit."""
     return not isinstance(cell, bool) and (
         isinstance(cell, (int, float)) or (isinstance(cell, str) and re.fullmatch(_NUMBER, cell) is not None)
     )
