@@ -5,6 +5,7 @@ A subclass of `WavefleetError` carries a message written for the user: what is w
 with what the operating system refuses, an `OSError`.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -111,6 +112,8 @@ def _run(program: Callable[[Sequence[str]], int], arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no character for is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return program(arguments)
     except WavefleetError as error:

@@ -214,7 +214,7 @@ def _make(recipe: Recipe, geometry: FrameGeometry, path: Path, progress: bool) -
     write_rejected(path, num_shards)
     summary = _write_summary(path, sets, work.vocabulary, work.unknown)
     if progress:
-        print(report.render(summary, Console().width))
+        say(report.render(summary, Console(stderr=True).width))
     check_counts(sets, recipe.data.max_rejected_percent, path)
     # 5. What transformers reads, then the file that makes it a corpus.
     _save_processor(recipe, work.vocabulary, path)

@@ -104,8 +104,9 @@ def has_terminal() -> bool:
 def follow_launcher() -> None:
     """Make the death of the launcher a normal stop: without it a worker of `accelerate launch` lives on as an orphan.
 
-    Does nothing when no launcher started this process.
+    Does nothing when no launcher started this process, and where the system cannot: only Linux can.
     """
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # set by `accelerate launch`, always
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by `accelerate launch`, always
+    if not is_launched or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

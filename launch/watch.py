@@ -1,6 +1,6 @@
 """`wavefleet watch [RUN ...]`: trainings as they go on, here or on a cluster, from their files alone.
 
-On a terminal a table that renews itself; elsewhere a line for each run whenever it has changed.
+On a terminal a picture that renews itself; elsewhere a line for each run whenever it has changed.
 """
 
 import argparse
@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from asr_train.errors import EXIT_DONE
 from asr_train.run_dir import RunDir
@@ -47,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _live(console: Console, look: Any, is_over: Any, interval_s: float) -> None:
-    """One table that renews itself."""
+    """One picture that renews itself."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
             found = look()
-            live.update(table(found), refresh=True)
+            live.update(screen(found), refresh=True)
             if is_over(found):
                 return
             time.sleep(interval_s)
@@ -72,28 +73,31 @@ def _plain(look: Any, is_over: Any, interval_s: float) -> None:
         time.sleep(interval_s)
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Table:
-    """All runs as a table with bars."""
-    headers = ("run", "state", "", *list(_COLUMNS.values())[:-1], "where the time went")
-    shown = Table(*headers, box=None, pad_edge=False, header_style="dim")
-    for row in found:
-        bar = ProgressBar(total=row["max_steps"] or 1, completed=row["step"], width=_BAR_WIDTH)
+def screen(found: Sequence[Mapping[str, Any]]) -> Group:
+    """All runs, three lines each, which fit into 80 columns; those that go on come first, for a screen has an end."""
+    lines: list[RenderableType] = []
+    for row in sorted(found, key=lambda row: row["state"] in OVER):
         cells = readable(row, _NUM_PARTS)
-        shown.add_row(cells["name"], cells["state"], bar, *[cells[key] for key in _COLUMNS])
-    return shown
+        left = f"{cells['left']} left" if cells["left"] else ""
+        head = Table.grid(padding=(0, 2, 0, 0))
+        bar = ProgressBar(total=row["max_steps"] or 1, completed=row["step"], width=_BAR_WIDTH)
+        head.add_row(Text(cells["name"], style="bold"), cells["state"], bar, cells["step"], left)
+        lines += [head, *(Text(f"  {line}") for line in (_line(cells, _FIGURES), cells["ledger"]) if line)]
+    return Group(*lines)
 
 
 def plain(row: Mapping[str, Any]) -> str:
     """One run as a line; what is not known yet is left out."""
     cells = readable(row, _NUM_PARTS)
-    shown = "".join(f"  {word} {cells[key]}" for key, word in _COLUMNS.items() if cells[key])
-    return f"{cells['name']}  {cells['state']}{shown}"
+    return "  ".join(filter(None, (cells["name"], cells["state"], _line(cells, _WORDS))))
 
 
-_COLUMNS = {
-    "step": "step", "loss": "loss", "wer": "WER", "audio_s_per_s": "audio-s/s", "memory": "memory", "left": "left",
-    "ledger": "time:",
-}  # fmt: skip
+_FIGURES = {"loss": "loss", "wer": "WER", "audio_s_per_s": "audio-s/s", "memory": "memory"}
+_WORDS = {"step": "step", **_FIGURES, "left": "left", "ledger": "time:"}
+
+
+def _line(cells: Mapping[str, str], words: Mapping[str, str]) -> str:
+    return "  ".join(f"{word} {cells[key]}" for key, word in words.items() if cells[key])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,13 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from asr_train import checkpoints, resources
 from asr_train.files import read_json, read_jsonl
+from asr_train.ledger import PARTS
 from asr_train.loss import ctc_losses
+from asr_train.peer_wait import PeerWait
 from asr_train.run_dir import RunDir, read_metrics
 
 pytestmark = [
@@ -87,3 +90,35 @@ def test_gpu_and_cpu_make_the_same_run(tiny_corpus, tiny_recipe_file, tmp_path):
     gpu, cpu = (losses(RunDir(tmp_path / config)) for config in ("one_gpu", "cpu"))
     for step, loss in cpu.items():
         assert abs(gpu[step] - loss) <= 1e-3 * abs(loss), step
+
+
+def test_waiting_for_others_is_measured_on_the_device_and_asks_it_nothing():
+    """Against the host's clock around the same work; the GPU is busy before and after it."""
+    torch.cuda._sleep(1_000_000)  # loads what is loaded at first use
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    torch.cuda._sleep(500_000_000)
+    torch.cuda.synchronize()
+    expected_s = time.perf_counter() - begun
+    wait = PeerWait(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(500_000_000)
+        wait.gradients_are_there()
+        torch.cuda._sleep(500_000_000)
+        wait.sums_are_there()
+        torch.cuda._sleep(500_000_000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert wait.read_s() == pytest.approx(expected_s, rel=0.2)
+
+
+def test_the_ledger_of_a_gpu_adds_up(tiny_corpus, tiny_recipe_file, tmp_path):
+    run = RunDir(tmp_path / "run")
+    launch(tiny_recipe_file(max_steps=8, **{"log.every": 2}), "one_gpu", f"run_dir={run.path}")
+    last = [line for line in read_jsonl(run.metrics) if line.get("event") == "ledger"][-1]
+    for rank in last["ranks"]:
+        assert sum(rank[f"{part}_s"] for part in PARTS) == pytest.approx(rank["wall_s"], rel=0.01)
+        assert rank["compute_s"] > 0
+        assert rank["memory_bytes"] > 0

@@ -100,7 +100,7 @@ def test_every_bad_row_is_refused_with_its_reason(bad_recipe, num_proc):
 
 def test_the_summary_counts_every_reason_and_shows_texts(bad_recipe, capsys):
     corpus = prepare(bad_recipe())
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     summary = json.loads((corpus.path / "summary.json").read_text())
     for name, column in (("train", 2), ("dev", 3)):
         expected = Counter(row[column] for row in BAD_ROWS.values() if row[column])
@@ -289,6 +289,20 @@ def test_a_model_of_other_convolutions_has_its_own_corpus(tiny_recipe, tiny_corp
     assert (corpus.geometry.kernels, corpus.geometry.strides) == ((10, 8, 4), (5, 8, 4))
 
 
+def test_what_nobody_reads_and_what_the_terminal_has_no_letters_for_is_no_reason_to_fail(tiny_recipe_file, tmp_path):
+    """Standard output is closed by its reader before the work is done, `| head` say, and nothing is UTF-8."""
+    recipe = str(tiny_recipe_file(**{"data.corpus_root": str(tmp_path / "\u0642"), "name": "arabic"}))
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "asr_train.prepare", recipe]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ascii_only)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 0, said
+    assert "rows kept" in said and "Traceback" not in said
+    again = subprocess.run(command, capture_output=True, text=True, env=ascii_only, check=True)
+    assert again.stdout.startswith(f"already prepared: {tmp_path}/\\u0642/arabic-")
+
+
 def test_a_manifest_that_changed_since_is_said(tiny_recipe_file, tmp_path, capsys):
     manifest = write_speech(tmp_path / "s", 3)
     changes = {"data.train.path": str(manifest), "data.corpus_root": str(tmp_path / "c")}
@@ -388,7 +402,7 @@ def test_two_at_once_make_one_corpus(slow_recipe, tmp_path):
     both = [start(slow_recipe), start(slow_recipe)]
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sum("rows kept" in out for out, _ in said) == 1  # one prepared and reported
+    assert sum("rows kept" in err for _, err in said) == 1  # one prepared and reported
     corpus = Corpus.open(next((tmp_path / "corpora").iterdir()))
     assert [corpus.train.id(row) for row in range(120)] == [f"r{number}" for number in range(120)]
 

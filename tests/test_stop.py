@@ -1,5 +1,6 @@
 """How a training is asked to stop or to save, and what it then does: real processes and signals."""
 
+import ctypes
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import run_ranks
@@ -16,7 +18,7 @@ from test_train import assert_close, losses, recipe, run_on, trained  # noqa: F4
 from asr_train import checkpoint, checkpoints, loop
 from asr_train.files import read_jsonl
 from asr_train.run_dir import RunDir
-from asr_train.stop import IMPATIENT_S, Requests, StopFlag
+from asr_train.stop import IMPATIENT_S, PR_SET_PDEATHSIG, Requests, StopFlag, follow_launcher
 from asr_train.train import train
 
 
@@ -218,3 +220,19 @@ def test_outcomes_are_json_that_a_launcher_reads(recipe):  # noqa: F811
     for rank in range(2):
         outcome = json.loads((run.path / "outcome" / "attempt-001" / f"rank-{rank}.json").read_text())
         assert (outcome["status"], outcome["exit_code"], outcome["step"]) == ("done", 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "is_launched", "asked"),
+    [("linux", True, [(PR_SET_PDEATHSIG, signal.SIGTERM)]), ("linux", False, []), ("darwin", True, [])],
+)
+def test_the_death_of_the_launcher_is_asked_for_where_the_system_can_tell(monkeypatch, platform, is_launched, asked):
+    calls = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *given: calls.append(given)))
+    if is_launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    else:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    follow_launcher()
+    assert calls == asked

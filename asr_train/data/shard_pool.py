@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from asr_train.data.rows import Listing
 from asr_train.data.shards import RowChecks, end_with_parent, write_shard
-from asr_train.errors import CorpusError
+from asr_train.errors import CorpusError, say
 
 _LINE_EVERY_S = 10.0  # where there is no terminal
 
@@ -124,7 +125,8 @@ class _Bar:
         self._total, self._done, self._shown = num_rows, 0, shown and num_rows > 0
         self._said_at = time.monotonic()
         columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-        self._progress = Progress(*columns, disable=not (self._shown and sys.stdout.isatty()))
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, disable=not (self._shown and console.is_terminal))
         self._task = self._progress.add_task("prepare", total=num_rows)
 
     def __enter__(self) -> Self:
@@ -139,4 +141,4 @@ class _Bar:
         self._progress.advance(self._task, count)
         if self._shown and self._progress.disable and time.monotonic() - self._said_at >= _LINE_EVERY_S:
             self._said_at = time.monotonic()
-            print(f"prepare: {self._done:,} of {self._total:,} rows", flush=True)
+            say(f"prepare: {self._done:,} of {self._total:,} rows")
