@@ -42,7 +42,7 @@ SETTINGS = {
     "MinJobAge": "300",
     "MessageTimeout": "10",
     "SlurmctldTimeout": "5",
-    "SlurmdTimeout": "120",
+    "SlurmdTimeout": "30",
     "UnkillableStepTimeout": "120",
     "SlurmctldDebug": "verbose",
     "SlurmdDebug": "verbose",

@@ -112,7 +112,7 @@ def test_a_poison_utterance_is_named_and_a_person_cancels_and_takes_another_numb
 
     second = run.submit("--retry", "limits.max_skipped_steps=10")
     run.trains(attempt=3)
-    run.cluster.reconfigure(KillWait="60")  # long enough to save on a busy machine
+    run.cluster.reconfigure(KillWait="30")  # long enough to save on a busy machine
     run.cluster.run("scancel", second)
     verdict = run.verdict(3)
     run.cluster.reconfigure(KillWait=SETTINGS["KillWait"])

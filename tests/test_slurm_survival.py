@@ -41,7 +41,7 @@ def test_a_worker_and_then_each_agent_are_killed(survivor, expected):
 
 def test_preempted_without_and_with_a_warning(profile, recipe, expected, tmp_path):
     """At once, by SIGTERM alone; then with a minute's grace, and SIGUSR2 first."""
-    with SlurmCluster(KillWait="60") as cluster:  # long enough to save on a busy machine
+    with SlurmCluster(KillWait="30") as cluster:  # long enough to save on a busy machine
         run = Survivor(cluster, profile, recipe(tmp_path / "run"))
         job = run.submit()
         for attempt in (1, 2):
