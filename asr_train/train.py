@@ -25,7 +25,7 @@ from asr_train.data.plan import Plan, PlanSettings
 from asr_train.data.stage import on_this_node
 from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
-from asr_train.estimate import quadratic_share
+from asr_train.estimate import frame_flops, quadratic_share
 from asr_train.job import Job
 from asr_train.ledger import Ledger
 from asr_train.live_state import create_state
@@ -204,6 +204,9 @@ def _attempt(
         "deterministic": recipe.deterministic, "steps_per_epoch": plan.steps_per_epoch, "max_steps": job.max_steps,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "padding_difference": difference,
+        "frame_flops": frame_flops(
+            model.hf.config.to_dict(), feature_encoder_frozen=recipe.model.freeze_feature_encoder
+        ),
     }  # fmt: skip
     job.log(first_line)
     # a resumed curve goes on where the checkpoint was: later points of the attempt before are no part of the run

@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 LAYERS = (
     """__init__ verbosity arguments disk trouble
     config errors files geometry lock recipe resources run_dir state checkpoints stop
-    phase ledger run_ledger estimate memory_estimate auto_unit
+    phase ledger run_ledger pace estimate memory_estimate auto_unit
     captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
     data.plan data.audio data.corpus""",
     """progress prometheus peer_wait metrics memory_error loss optim safe_load generators conv_layout
