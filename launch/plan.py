@@ -15,7 +15,8 @@ from typing import Any
 import asr_train
 from asr_train import resources
 from asr_train.config import Recipe
-from asr_train.errors import EXIT_DONE, RecipeError, WavefleetError
+from asr_train.errors import EXIT_DONE, CorpusError, RecipeError, WavefleetError
+from asr_train.files import write_text
 from asr_train.recipe import load_recipe, on_hub, read_values, run_directory
 from asr_train.run_dir import RunDir
 from launch import signal_lead, slurm
@@ -47,11 +48,24 @@ def main(argv: Sequence[str]) -> int:
         cluster = load_cluster(options.cluster, changes)
         check_size(recipe, cluster)
         found = {**plan(recipe, cluster, options.cluster), **_training_of_job(recipe, options, cluster)}
-    if options.json:
+    if options.html is not None:
+        _write_page(options.html, recipe.name, found)
+    elif options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         _print(found)
     return EXIT_DONE
+
+
+def _write_page(path: Path, name: str, found: Mapping[str, Any]) -> None:
+    """The plan as a page; says where it is."""
+    from launch.report.page import size  # noqa: PLC0415 - they need plotly
+    from launch.report.plan_page import plan_page  # noqa: PLC0415
+
+    if found["training"] is None:
+        raise CorpusError(f"--html: no page without the training: {found['training_problem']}")
+    write_text(path, plan_page(name, found))
+    print(f"{path} ({size(path.stat().st_size)})")
 
 
 def _training(recipe: Recipe, options: argparse.Namespace, cluster: Cluster | None) -> dict[str, Any]:
@@ -207,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
     parser.add_argument("--name", metavar="S", help="the name of run and corpus, in place of the recipe's")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="for programs")
+    output.add_argument("--html", type=Path, metavar="FILE", help="a page that opens offline, with charts")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
