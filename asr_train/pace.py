@@ -53,7 +53,7 @@ def assumed(gpu_name: str, peak_flops_per_s: float) -> Pace:
     )
 
 
-def of_run(run: RunDir) -> Pace | None:
+def of_run(run: RunDir, *, place: str | None = None) -> Pace | None:
     """The pace that a run was measured at; None where its metrics.jsonl has no two ledger lines to measure between.
 
     Each pair of lines gives both figures: FLOPs by seconds of computing, padding in both, and seconds of a step that
@@ -64,6 +64,10 @@ def of_run(run: RunDir) -> Pace | None:
     was busy elsewhere does no harm. Left out are an attempt's first pair, in which libraries warm up, steps that train
     the head alone, and attempts that ran otherwise than the newest measured one: another number of processes,
     strategy, device or recipe.
+
+    Args:
+        run: its directory.
+        place: what people are told of where it was measured; the run's path when None.
 
     Raises:
         RunError: the folder is no run directory.
@@ -79,7 +83,7 @@ def of_run(run: RunDir) -> Pace | None:
     return Pace(
         flops_per_s=median(window.flops_per_s for window in chosen),
         step_s=median(window.step_s for window in chosen),
-        source=f"measured in {run.path}, {num_steps} steps: {processes}, {newest.strategy}, {newest.device}",
+        source=f"measured in {place or run.path}, {num_steps} steps: {processes}, {newest.strategy}, {newest.device}",
     )
 
 

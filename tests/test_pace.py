@@ -1,8 +1,11 @@
 """How fast a training gets on, as its metrics.jsonl has it; figures computed by hand."""
 
+import re
+
+import psutil
 import pytest
 
-from asr_train.errors import ModelError, RunError
+from asr_train.errors import ModelError, RecipeError, RunError, TrainingError
 from asr_train.estimate import ForwardFlops, frame_flops, quadratic_share
 from asr_train.files import append_jsonl, read_jsonl
 from asr_train.model_config import load_model_config
@@ -10,6 +13,7 @@ from asr_train.pace import assumed, of_run
 from asr_train.recipe import dump_recipe
 from asr_train.run_dir import RunDir
 from asr_train.train import plan_of, train
+from launch.measure_pace import measured
 
 PARTS = ("compute", "padding", "data_wait", "peer_wait", "checkpoint", "evaluation", "startup", "other")
 FRAME_FLOPS = 1000.0
@@ -154,3 +158,39 @@ def test_a_model_whose_flops_cannot_be_counted_is_named(count):
         ModelError, match="FLOPs of 'mamba' cannot be counted, for its config has no 'intermediate_size'"
     ):
         count({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 2})
+
+
+def test_a_trial_counts_its_steps_and_leaves_nothing_behind(tiny_recipe, tiny_corpus, tmp_path, monkeypatch, capfd):
+    """On two processes; evaluations, checkpoints and trackers of the recipe would take their time, and are not made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    corpus = sorted(path for path in tiny_corpus.path.rglob("*"))
+    recipe = tiny_recipe(
+        max_steps=3,
+        **{"log.trackers": ["tensorboard"], "log.prometheus": "figures.prom", "eval.every": 1, "checkpoint.every": 1},
+    )
+    found = measured(recipe, processes=2)
+    told = re.fullmatch(r"measured in a trial on this machine, (\d+) steps: 2 processes, ddp, cpu", found.source)
+    assert int(told[1]) >= 20  # some more were made before it was seen that they are enough
+    assert found.flops_per_s > 0
+    assert found.step_s > 0
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(path for path in tiny_corpus.path.rglob("*")) == corpus
+    assert psutil.Process().children() == []
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "measuring: 25 of 25 steps" in printed.err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_trial_that_fails_is_one_error_with_its_message(tiny_recipe, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    recipe = tiny_recipe(**{"model.init_from": str(tmp_path / "nothing")})
+    with pytest.raises(TrainingError, match=r"measuring on this machine failed: .*nothing"):
+        measured(recipe, processes=processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_this_machine_cannot_do_is_refused_before_it_starts(tiny_recipe):
+    with pytest.raises(RecipeError, match="keeps 2 of 3 processes busy"):
+        measured(tiny_recipe(), processes=3)
