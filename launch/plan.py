@@ -8,15 +8,16 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import asr_train
-from asr_train import resources
+from asr_train import pace, resources
 from asr_train.config import Recipe
-from asr_train.errors import EXIT_DONE, CorpusError, RecipeError, WavefleetError
+from asr_train.errors import EXIT_DONE, CorpusError, RecipeError, RunError, WavefleetError
 from asr_train.files import write_text
+from asr_train.pace import Pace
 from asr_train.recipe import load_recipe, on_hub, read_values, run_directory
 from asr_train.run_dir import RunDir
 from launch import signal_lead, slurm
@@ -25,6 +26,7 @@ from launch.cluster_config import Cluster
 from launch.findings import continuation, findings
 from launch.node_agent import training_environment
 from launch.placement import Placement, Rendezvous
+from launch.runs import open_run
 from launch.sbatch import python_command
 from launch.slurm import SlurmError
 from launch.submit import check_size, code_of, kept_off, split_overrides, text
@@ -73,17 +75,38 @@ def _training(recipe: Recipe, options: argparse.Namespace, cluster: Cluster | No
     # they need numpy and pyarrow; `--help` does not
     from launch import plan_cost, plan_place, plan_training  # noqa: PLC0415
 
-    words = shlex.join([options.recipe, *(word for word in options.overrides if not word.startswith("cluster."))])
+    name = [] if options.name is None else [f"name={options.name}"]
+    changes = [word for word in options.overrides if not word.startswith("cluster.")]
+    words = shlex.join([options.recipe, *changes, *name])
     if cluster is None:
         place = plan_place.here(options.processes, options.accelerate, options.gpu)
     else:
         place = plan_place.on(cluster, options.gpu)
-    planned = plan_training.plan_training(recipe, place, words)
+    planned = plan_training.plan_training(recipe, place, words, _measured_pace(options))
     values = planned.to_json()
     if cluster is None:
         return {"training": values, "cost": plan_cost.cost(planned.forecast, place)}
     cost, warnings = plan_cost.cost_of_jobs(planned.forecast, place, cluster)
     return {"training": {**values, "warnings": values["warnings"] + warnings}, "cost": cost}
+
+
+def _measured_pace(options: argparse.Namespace) -> Callable[[Recipe], Pace] | None:
+    """Where a measured pace is from, if one was asked for: a run, or 20 steps on this machine."""
+    if options.like is not None:
+        run = open_run(options.like)
+
+        def of_that_run(recipe: Recipe) -> Pace:
+            if (found := pace.of_run(run)) is None:
+                raise RunError(f"--like: nothing was measured in {run.path} yet: it has too few steps, or no ledger")
+            return found
+
+        return of_that_run
+    if options.measure:
+        from launch.measure_pace import measured  # noqa: PLC0415 - for this alone
+
+        # with a cluster's profile too: a process of this machine says what one there would take, if it is like this
+        return lambda recipe: measured(recipe, accelerate=options.accelerate, processes=options.processes)
+    return None
 
 
 def _training_of_job(recipe: Recipe, options: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
@@ -218,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=_number, metavar="N", help="processes; what this machine would start")
     parser.add_argument("--accelerate", metavar="FILE", help="accelerate config: a file, or a shipped one by name")
     parser.add_argument("--gpu", metavar="NAME", help="GPU that memory and time are for, A100-80GB say")
+    measure = parser.add_mutually_exclusive_group()
+    measure.add_argument("--like", metavar="RUN", help="as fast as this run was: a directory, or its name in runs/")
+    measure.add_argument("--measure", action="store_true", help="train 20 steps on this machine, and throw them away")
     parser.add_argument("--cluster", metavar="P", help="a cluster profile: a file, or a shipped one")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes, in place of the profile's")
     parser.add_argument("--name", metavar="S", help="the name of run and corpus, in place of the recipe's")

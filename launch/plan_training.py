@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,20 +66,24 @@ class Planned:
         }  # fmt: skip
 
 
-def plan_training(recipe: Recipe, place: Place, words: str, pace: Pace | None = None) -> Planned:
+def plan_training(
+    recipe: Recipe, place: Place, words: str, measured: Callable[[Recipe], Pace] | None = None
+) -> Planned:
     """What a training of this recipe would be, there.
 
     Args:
         recipe: what is trained.
         place: what it runs on.
         words: the recipe's words on a command line, for messages.
-        pace: measured; None assumes one of the GPU.
+        measured: finds the pace, given a recipe with a number for `unit_audio_s`; None assumes one of the GPU.
 
     Raises:
         CorpusError: it is not prepared.
         ModelError: the model cannot be.
         RecipeError: `unit_audio_s: auto`, of a GPU that is not named.
     """
+    if not any(Path(recipe.data.corpus_root).glob(f"{recipe.name}-*/corpus.json")):  # a quick look, without the model
+        raise _not_prepared(Path(recipe.data.corpus_root) / f"{recipe.name}-...", words)
     config, model_problem = model_config(recipe, place.environment)
     geometry = FrameGeometry(kernels=tuple(config["conv_kernel"]), strides=tuple(config["conv_stride"]))
     corpus = _open(recipe, geometry, words)
@@ -87,8 +91,9 @@ def plan_training(recipe: Recipe, place: Place, words: str, pace: Pace | None = 
     device: Literal["cuda", "cpu"] = "cuda" if place.on_gpu else "cpu"
     settings = MemorySettings.of(recipe, device=device, strategy=place.strategy, world_size=place.world_size)
     recipe, unit_source = _with_unit(recipe, corpus, config, settings, place)
-    if pace is None and place.gpu is not None:
-        pace = assumed_pace(recipe, place.gpu)
+    pace = assumed_pace(recipe, place.gpu) if place.gpu is not None else None
+    if measured is not None:
+        pace = measured(recipe)
     setup = Setup(world_size=place.world_size, memory=settings, gpu=place.gpu, pace=pace)
     train = corpus.train
     found = forecast(train.index, train.num_samples, recipe, config, setup, is_model_known=model_problem is None)
@@ -146,8 +151,12 @@ def model_config(recipe: Recipe, environment: Mapping[str, str]) -> tuple[Mappin
 def _open(recipe: Recipe, geometry: FrameGeometry, words: str) -> Corpus:
     path = corpus_path(recipe, geometry)
     if not (path / "corpus.json").exists():
-        raise CorpusError(f"its corpus is not prepared ({path}): run `wavefleet prepare {words}`, then plan again")
+        raise _not_prepared(path, words)
     return Corpus.open(path)
+
+
+def _not_prepared(path: Path, words: str) -> CorpusError:
+    return CorpusError(f"its corpus is not prepared ({path}): run `wavefleet prepare {words}`, then plan again")
 
 
 def _with_unit(
