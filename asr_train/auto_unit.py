@@ -17,6 +17,8 @@ from asr_train.geometry import SAMPLE_RATE
 from asr_train.memory_estimate import MemorySettings, UnitShape, memory
 
 ESTIMATE_HEADROOM = 0.15  # the estimate's own error, and what an allocator cannot use
+CPU_HEADROOM = 0.5  # a host has other work, and data workers
+CPU_MOST_S = 100.0  # a processor gains nothing from larger units
 # ISO 3's R20 series: twenty a decade, 12 % apart, each short to write
 _R20 = (1, 1.12, 1.25, 1.4, 1.6, 1.8, 2, 2.24, 2.5, 2.8, 3.15, 3.55, 4, 4.5, 5, 5.6, 6.3, 7.1, 8, 9)
 _LEAST_S, _MOST_S = 5.0, 1000.0  # beyond it no GPU gains anything, and a step would hold hours

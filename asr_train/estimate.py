@@ -9,6 +9,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
+from asr_train.errors import ModelError
 from asr_train.geometry import SAMPLE_RATE
 
 
@@ -50,9 +51,21 @@ def quadratic_share(config: Mapping[str, Any], *, feature_encoder_frozen: bool =
     """How much one more frame to attend to adds to the cost of a frame in training, relative to its other cost: q.
 
     Training an utterance of F frames costs as much as F + q * F**2 frames of no attention.
+
+    Raises:
+        ModelError: the FLOPs of a model like this cannot be counted.
     """
-    fixed, attention = _training_flops(ForwardFlops.of(config), feature_encoder_frozen)
+    fixed, attention = _training_flops(_counted(config), feature_encoder_frozen)
     return attention / fixed
+
+
+def frame_flops(config: Mapping[str, Any], *, feature_encoder_frozen: bool) -> float:
+    """FLOPs of training on a frame, without attention's scores; an utterance of F frames costs F + q * F**2 of them.
+
+    Raises:
+        ModelError: those of a model like this cannot be counted.
+    """
+    return _training_flops(_counted(config), feature_encoder_frozen)[0]
 
 
 def training_flops_per_s(
@@ -61,7 +74,7 @@ def training_flops_per_s(
     """FLOPs of training on a second of audio, in utterances of `utterance_s` seconds."""
     stride_samples: int = prod(config["conv_stride"])
     frames_per_s = SAMPLE_RATE / stride_samples
-    fixed, attention = _training_flops(ForwardFlops.of(config), feature_encoder_frozen)
+    fixed, attention = _training_flops(_counted(config), feature_encoder_frozen)
     return frames_per_s * (fixed + attention * frames_per_s * utterance_s)
 
 
@@ -90,6 +103,17 @@ def positional_weight(config: Mapping[str, Any]) -> int:
     """Elements of the positional convolution's kernel."""
     hidden = config["hidden_size"]
     return int(hidden * (hidden // config["num_conv_pos_embedding_groups"]) * config["num_conv_pos_embeddings"])
+
+
+def _counted(config: Mapping[str, Any]) -> ForwardFlops:
+    """FLOPs of a forward pass; a config that they cannot be counted from is an error of the model."""
+    try:
+        return ForwardFlops.of(config)
+    except KeyError as error:
+        raise ModelError(
+            f"model: FLOPs of {config.get('model_type')!r} cannot be counted, for its config has no {error}; they are"
+            " counted for wav2vec2 and the models built like it"
+        ) from None
 
 
 def _training_flops(forward: ForwardFlops, feature_encoder_frozen: bool) -> tuple[float, float]:

@@ -112,7 +112,7 @@ class RunDir:
         """
         identity_file = self.path / "run.json"
         if identity_file.exists():
-            recipe = self._with_found_unit(recipe)
+            recipe = self.with_found_unit(recipe)
             self._check_same(recipe, allow_change=allow_change)
         elif any(self.path.glob("checkpoints/step-*")):
             raise RunError(
@@ -140,8 +140,10 @@ class RunDir:
         write_json(path, {**read_json(path), "unit_audio_s": unit_audio_s, "unit_audio_s_found": about})
         write_text(self.path / "recipe.yaml", dump_recipe(replace(recipe, unit_audio_s=unit_audio_s)))
 
-    def _with_found_unit(self, recipe: Recipe) -> Recipe:
-        found = read_json(self.path / "run.json").get("unit_audio_s")
+    def with_found_unit(self, recipe: Recipe) -> Recipe:
+        """The recipe with what `unit_audio_s: auto` was found to be in this run; as it is, where it was not."""
+        path = self.path / "run.json"
+        found = read_json(path).get("unit_audio_s") if path.exists() else None
         return recipe if found is None or recipe.unit_audio_s != "auto" else replace(recipe, unit_audio_s=found)
 
     def _check_same(self, recipe: Recipe, *, allow_change: bool) -> None:

@@ -25,7 +25,7 @@ from asr_train.data.plan import Plan, PlanSettings
 from asr_train.data.stage import on_this_node
 from asr_train.data.world_size import check_world_size
 from asr_train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RecipeError, RunError, WavefleetError, say
-from asr_train.estimate import quadratic_share
+from asr_train.estimate import frame_flops
 from asr_train.job import Job
 from asr_train.ledger import Ledger
 from asr_train.live_state import create_state
@@ -206,6 +206,9 @@ def _attempt(
         "deterministic": recipe.deterministic, "steps_per_epoch": plan.steps_per_epoch, "max_steps": job.max_steps,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "padding_difference": difference,
+        "frame_flops": frame_flops(
+            model.hf.config.to_dict(), feature_encoder_frozen=recipe.model.freeze_feature_encoder
+        ),
     }  # fmt: skip
     job.log(first_line)
     # a resumed curve goes on where the checkpoint was: later points of the attempt before are no part of the run
@@ -261,7 +264,7 @@ def _with_unit_size(recipe: Recipe, run: RunDir, corpus: Corpus, parallel: Paral
     size = _from_rank_0(recipe.unit_audio_s)  # only rank 0 knows what an attempt before has found
     if size == "auto":
         found = find_unit_audio_s(
-            recipe, parallel, corpus.train.index, _plan_settings(recipe, corpus, parallel.module.hf.config)
+            recipe, parallel, corpus.train.index, PlanSettings.of(recipe, parallel.module.hf.config.to_dict())
         )
         size = found.unit_audio_s
         if parallel.rank == 0:
@@ -282,20 +285,7 @@ def plan_of(recipe: Recipe, corpus: Corpus) -> Plan:
 
 
 def _make_plan(recipe: Recipe, corpus: Corpus, config: PretrainedConfig) -> Plan:
-    return Plan(corpus.train.index, _plan_settings(recipe, corpus, config), recipe.seed)
-
-
-def _plan_settings(recipe: Recipe, corpus: Corpus, config: PretrainedConfig) -> PlanSettings:
-    """How the corpus is batched; where the size of units is still to be found, in units of a second."""
-    is_frozen = recipe.model.freeze_feature_encoder
-    return PlanSettings(
-        unit_audio_s=1.0 if recipe.unit_audio_s == "auto" else recipe.unit_audio_s,
-        unit_utterances=recipe.unit_utterances,
-        units_per_step=recipe.units_per_step,
-        order=recipe.order,
-        quadratic=quadratic_share(config.to_dict(), feature_encoder_frozen=is_frozen),
-        stride_samples=corpus.geometry.stride_samples,
-    )
+    return Plan(corpus.train.index, PlanSettings.of(recipe, config.to_dict()), recipe.seed)
 
 
 def _from_rank_0(value: _Value) -> _Value:

@@ -17,7 +17,16 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from asr_train.auto_unit import candidates, estimated_unit_audio_s, largest, recall, remember, worst_shapes
+from asr_train.auto_unit import (
+    CPU_HEADROOM,
+    CPU_MOST_S,
+    candidates,
+    estimated_unit_audio_s,
+    largest,
+    recall,
+    remember,
+    worst_shapes,
+)
 from asr_train.config import Recipe
 from asr_train.data.batch import input_values, make_batch
 from asr_train.data.lengths import LengthIndex
@@ -30,8 +39,6 @@ from asr_train.memory_estimate import MemorySettings, UnitShape, memory
 from asr_train.strategy import Parallel
 
 _PROBE_HEADROOM = 0.1  # fragments, other shapes' kernels, NCCL's buffers
-_CPU_HEADROOM = 0.5  # a host has other work, and data workers
-_CPU_MOST_S = 100.0  # a processor gains nothing from larger units
 _FORMAT = 1  # a change of what is tried makes remembered sizes worthless
 _NOT_OF_MODEL = ("_name_or_path", "transformers_version", "architectures")  # of a config
 
@@ -179,7 +186,7 @@ def _estimated(
     if settings.device == "cuda":
         return estimated_unit_audio_s(config, index, plan, settings, limit_bytes=limit_bytes)
     return estimated_unit_audio_s(
-        config, index, plan, settings, limit_bytes=limit_bytes, headroom=_CPU_HEADROOM, most_s=_CPU_MOST_S
+        config, index, plan, settings, limit_bytes=limit_bytes, headroom=CPU_HEADROOM, most_s=CPU_MOST_S
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -102,6 +102,7 @@ def run_child(
     receivers: Receivers = itself,
     signals: Signals | None = None,
     is_over: Callable[[psutil.Process], bool] | None = None,
+    output: IO[bytes] | None = None,
 ) -> Ended:
     """Run a command to its end, with our terminal, passing on the signals that ask for a stop.
 
@@ -116,6 +117,7 @@ def run_child(
             scheduler may send to every process of ours.
         signals: those of a caller that has installed them already.
         is_over: asked ten times a second; true ends the child and all its descendants with SIGKILL.
+        output: a file for what it prints and tells; our own terminal when None.
     """
     mine = signals or Signals()
     if is_verbose():
@@ -125,6 +127,8 @@ def run_child(
             command,
             env=None if env is None else dict(env),
             cwd=cwd,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
             preexec_fn=at_start(shielded=receivers is nobody),  # noqa: PLW1509 - this program has one thread
         )

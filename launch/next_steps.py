@@ -93,10 +93,14 @@ def _watching(run: str) -> Iterator[Step]:
 
 def _after_plan(ended: Ended) -> Iterator[Step]:
     if ended.options.cluster is not None:
-        yield Step(f"wavefleet submit {_words(*(word for word in ended.rest if word != '--json'))}", "have it done")
-    else:
-        overrides = ended.options.overrides
-        yield Step(f"wavefleet train {_words(ended.options.recipe, *overrides)}", "train on this machine")
+        nodes = [] if ended.options.nodes is None else ["--nodes", str(ended.options.nodes)]
+        name = [] if ended.options.name is None else ["--name", ended.options.name]
+        words = [ended.options.recipe, *ended.options.overrides, "--cluster", ended.options.cluster, *nodes, *name]
+        yield Step(f"wavefleet submit {_words(*words)}", "have it done")
+        return
+    name = [] if ended.options.name is None else [f"name={ended.options.name}"]
+    words = _words(ended.options.recipe, *ended.options.overrides, *name)
+    yield Step(f"wavefleet train {words}", "train on this machine")
 
 
 def _after_doctor(ended: Ended) -> Iterator[Step]:

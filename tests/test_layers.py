@@ -16,7 +16,8 @@ HEAVY = {"torch", "transformers", "datasets", "accelerate", "evaluate", "deepspe
 LAYERS = (
     """__init__ verbosity arguments disk trouble
     config errors files geometry lock recipe resources run_dir state checkpoints stop
-    phase ledger run_ledger estimate memory_estimate auto_unit
+    phase ledger run_ledger pace estimate memory_estimate auto_unit gpus
+    balance forecast forecast_warnings
     captions windows data.__init__ data.text data.lengths data.shapes data.permute data.world_size
     data.plan data.audio data.corpus""",
     """progress prometheus peer_wait metrics memory_error loss optim safe_load generators conv_layout
@@ -24,7 +25,8 @@ LAYERS = (
     data.sources data.find_source data.look
     data.shards data.shard_pool data.summary data.finish data.stage
     data.spec_augment data.batch data.loader""",
-    "model_config chunked_encoder speech_model model compiling strategy unit_probe live_state checkpoint restore score",
+    """model_config model_facts chunked_encoder speech_model model compiling strategy unit_probe live_state checkpoint
+    restore score""",
     """job training_log loop prepare prepare_share fetch samples new_file new train trained selfcheck eval_data evaluate
     model_card export transcribe __main__""",
 )

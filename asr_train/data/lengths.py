@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from asr_train.errors import CorpusError
 from asr_train.files import atomic_file, read_json, write_json
+from asr_train.geometry import SAMPLE_RATE
 
 Ints = npt.NDArray[np.int64]
 
@@ -18,6 +19,8 @@ _LENGTH_QUANTUM = 160  # samples, 10 ms; all rounded lengths are multiples of it
 _LENGTH_STEP = 0.005  # from 2 s on, rounded lengths are half a percent apart; the plan merges them further
 _CHUNK = 1 << 22  # utterances sorted at once, so that building needs little memory beside the index
 _FORMAT = 1
+_MAX_BINS = 24  # of the histogram
+_BIN_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 _ARRAYS = ("order", "lengths", "starts", "samples")
 
 
@@ -116,6 +119,28 @@ class LengthIndex:
         if self.path is not None:
             return LengthIndex.open, (self.path,)
         return _from_fields, ({name: getattr(self, name) for name in (*_ARRAYS, "hash")},)
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """Utterances of `from_s` up to, and without, `to_s` seconds."""
+
+    from_s: float
+    to_s: float
+    num_utterances: int
+    audio_s: float
+
+
+def histogram(num_samples: npt.NDArray[np.integer]) -> tuple[LengthBin, ...]:
+    """Utterances by length, in bins of a round width, from nothing to the longest."""
+    longest_s = float(num_samples.max()) / SAMPLE_RATE
+    width_s = next((width for width in _BIN_S if longest_s / width < _MAX_BINS), longest_s)
+    bins = num_samples // round(width_s * SAMPLE_RATE)
+    counts, samples = np.bincount(bins), np.bincount(bins, weights=num_samples)
+    return tuple(
+        LengthBin(round(number * width_s, 3), round((number + 1) * width_s, 3), int(count), float(held) / SAMPLE_RATE)
+        for number, (count, held) in enumerate(zip(counts, samples, strict=True))
+    )
 
 
 def _from_fields(fields: dict[str, Any]) -> LengthIndex:

@@ -5,18 +5,22 @@ into units of fixed shapes (`shapes`); keyed permutations (`permute`) move utter
 within their target cost, and steps. So any unit is arithmetic: no table an epoch, no cost in the position.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal, NamedTuple
+from math import prod
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from asr_train.config import Recipe
 from asr_train.data.lengths import LengthIndex
 from asr_train.data.permute import make_key, make_keys, permute
 from asr_train.data.shapes import Shapes, equal_cost_shapes, fixed_count_shapes
 from asr_train.errors import RecipeError
+from asr_train.estimate import quadratic_share
 from asr_train.files import hash_json
 from asr_train.geometry import SAMPLE_RATE
 
@@ -37,6 +41,23 @@ class PlanSettings:
     order: Literal["cost", "grouped", "random"]
     quadratic: float  # q: an utterance costs frames + q * frames**2
     stride_samples: int = 320  # samples a frame
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: Mapping[str, Any]) -> Self:
+        """What a recipe says, for a model; where the size of units is still to be found, in units of a second.
+
+        Args:
+            recipe: what is trained.
+            config: the model's transformers config, as `to_dict()` gives it.
+        """
+        return cls(
+            unit_audio_s=1.0 if recipe.unit_audio_s == "auto" else recipe.unit_audio_s,
+            unit_utterances=recipe.unit_utterances,
+            units_per_step=recipe.units_per_step,
+            order=recipe.order,
+            quadratic=quadratic_share(config, feature_encoder_frozen=recipe.model.freeze_feature_encoder),
+            stride_samples=prod(config["conv_stride"]),
+        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,20 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     return installed if visible is None else _visible(visible, installed)
 
 
+def gpu_name(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The driver's name of the first GPU that torch would see; None for a slice of one, whose memory differs."""
+    uuids = visible_gpus(environ) if num_gpus(environ) else []
+    if not uuids or uuids[0].startswith("MIG-"):
+        return None
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByUUID(uuids[0])))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def torch_is_cpu_build() -> bool:
     """Whether the installed torch is one that uses no GPU."""
     return metadata.version("torch").endswith("+cpu")
