@@ -99,8 +99,8 @@ def _after_plan(ended: Ended) -> Iterator[Step]:
         yield Step(f"wavefleet submit {_words(*words)}", "have it done")
         return
     name = [] if ended.options.name is None else [f"name={ended.options.name}"]
-    words = _words(ended.options.recipe, *ended.options.overrides, *name)
-    yield Step(f"wavefleet train {words}", "train on this machine")
+    command = _words(ended.options.recipe, *ended.options.overrides, *name)
+    yield Step(f"wavefleet train {command}", "train on this machine")
 
 
 def _after_doctor(ended: Ended) -> Iterator[Step]:
