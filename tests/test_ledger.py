@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from ranks import RankError, run_ranks
+from small_run import recipe  # noqa: F401  a fixture
 from test_resume import train_and_die
-from test_train import recipe  # noqa: F401  a fixture
 
 from asr_train import ledger as module
 from asr_train.files import append_jsonl, read_jsonl, write_json

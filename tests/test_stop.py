@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from test_train import assert_close, losses, recipe, run_on, trained  # noqa: F401  recipe is a fixture
+from small_run import assert_close, losses, recipe, run_on, trained  # noqa: F401  recipe is a fixture
 
 from asr_train import checkpoint, checkpoints, loop
 from asr_train.files import read_jsonl
