@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from accelerate import skip_first_batches
 from datasets import Dataset, disable_progress_bars, load_from_disk
-from measuring import count, hardware, markdown, shown, shown_bars, spread, versions
+from measuring import apart, count, hardware, markdown, shown, shown_bars, spread, versions
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -114,12 +114,6 @@ def main(argv: Sequence[str]) -> int:
     print(render(result))
     print(f"written: {arguments.out}")
     return EXIT_DONE
-
-
-def apart(function: Callable[[], Any]) -> Any:
-    """Call a function in a process of its own, a copy of this one, which has imported everything."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(function).result()
 
 
 # --- saving -------------------------------------------------------------------------------------------------------

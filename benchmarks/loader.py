@@ -24,7 +24,7 @@ import soundfile
 import soxr
 import torch
 from guide import Collator, prepared, processor_of
-from measuring import count, hardware, markdown, shown, shown_bars, spread, versions
+from measuring import apart, count, hardware, markdown, shown, shown_bars, spread, versions
 from prepare import Clip, demo_clips, prompt_clips
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -108,12 +108,6 @@ def main(argv: Sequence[str]) -> int:
     print(render(result))
     print(f"written: {arguments.out}")
     return EXIT_DONE
-
-
-def apart(function: Callable[[], Any]) -> Any:
-    """Call a function in a process of its own, a copy of this one, which has imported everything."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(function).result()
 
 
 # --- the same utterances for all --------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """What the benchmarks share: the machine, versions, memory, medians, tables."""
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,12 @@ def hardware() -> dict[str, Any]:
 def versions(*libraries: str) -> dict[str, str]:
     """Versions of what was measured."""
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """Call a function in a process of its own, a copy of this one, which has imported everything and used no GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function).result()
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -6,14 +6,12 @@ GPU everything is on the CPU, and counted as if it were not.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +23,7 @@ import numpy as np
 import soundfile
 import torch
 from guide import Collator, prepared, processor_of
-from measuring import count, hardware, markdown, shown_bars, versions
+from measuring import apart, count, hardware, markdown, shown_bars, versions
 from sync_counter import SyncCounter, self_test
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.utils import logging as transformers_logging
@@ -102,12 +100,6 @@ def main(argv: Sequence[str]) -> int:
     print(render(result))
     print(f"written: {arguments.out}")
     return EXIT_DONE
-
-
-def apart(function: Callable[[], Any]) -> Any:
-    """Call a function in a process of its own, a copy of this one, which has imported everything and used no GPU."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(function).result()
 
 
 # --- what is trained ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from ranks import run_ranks
-from test_train import losses, run_on
+from small_run import losses, run_on
 from transformers import AutoConfig
 
 from asr_train import strategy, unit_probe

@@ -1,25 +1,31 @@
-"""What a checkpoint must survive: processes killed at every point, disks that fail, files that are damaged.
-
-Real gloo processes, real SIGKILL. `fault_points` says how a fault gets to its point.
-"""
+"""Disks that refuse, and checkpoints that are damaged: found by all ranks, and the run goes on from what is whole."""
 
 import errno
-import importlib
 import os
 import pickle
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
+from checkpoint_lives import (  # noqa: F401  fixtures
+    COMMIT,
+    EVERY,
+    NUM_STEPS,
+    STOP_HERE,
+    attempt,
+    check_lines,
+    leftovers,
+    newest_step,
+    prepare,
+    seed_of,
+)
 from damage import edit_manifest, flip_bit, truncate
 from fault_inputs import Trap, contents
-from fault_points import ANY, SAVES, START, Fault, Point, install, notes_of
-from ranks import RankError, run_ranks
+from fault_points import ANY, SAVES, Fault, Point, install
+from ranks import run_ranks
+from small_run import losses
 from test_elastic import WAYS
-from test_train import losses, weights
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from asr_train import checkpoint, checkpoints
@@ -27,277 +33,7 @@ from asr_train.errors import run_main
 from asr_train.files import file_hash, read_json, read_jsonl
 from asr_train.run_dir import RunDir
 
-NUM_STEPS = 16
-EVERY = 2  # steps between checkpoints
-COMMIT = ".staging -> step"
-STAGING = Point("mkdir", ".staging")
-SHARDS_AGAIN = Point("mkdir", ".staging/shards", 2)  # by who made .staging
-MODEL = {
-    "architecture": "wav2vec2",
-    "config": {
-        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
-        "conv_dim": [4] * 3, "conv_kernel": [10, 8, 8], "conv_stride": [5, 8, 8], "feat_extract_norm": "layer",
-        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True,
-        "hidden_dropout": 0.1,
-    },
-}  # fmt: skip
-
-
-class Seed(NamedTuple):
-    """An uninterrupted run with all its checkpoints, and what it did."""
-
-    way: str
-    run: RunDir
-    recipe: object  # name, checkpoint settings -> Recipe
-    losses: dict
-    weights: dict
-
-
-@pytest.fixture(scope="module")
-def seed_of(tiny_recipe, tmp_path_factory):
-    """way -> its uninterrupted run, made once."""
-    folder = tmp_path_factory.mktemp("seeds")
-    made = {}
-
-    def recipe(name, **settings):
-        return tiny_recipe(
-            run_dir=str(folder / name), max_steps=NUM_STEPS, unit_audio_s=3, units_per_step=2, num_workers=0,
-            model=MODEL, log={"every": 1}, eval={"sets": {}, "every": None},
-            checkpoint={"every": str(EVERY), "keep_last": 1, "keep_best": 0, **settings},
-        )  # fmt: skip
-
-    def make(way):
-        if way not in made:
-            preload(way)
-            whole = recipe(f"{way}-whole", keep_last=99)
-            assert run_ranks(2, WAYS[way], whole) == [0, 0]
-            run = RunDir(Path(whole.run_dir))
-            assert len(losses(run)) == NUM_STEPS
-            made[way] = Seed(way, run, recipe, losses(run), weights(run))
-        return made[way]
-
-    return make
-
-
-def prepare(seed, recipe, *steps):
-    """A run directory that stands where the uninterrupted run stood after these checkpoints."""
-    run = RunDir(Path(recipe.run_dir))
-    shutil.rmtree(run.path, ignore_errors=True)
-    run.checkpoints.mkdir(parents=True)
-    for step in steps:
-        name = f"step-{step:010d}"
-        shutil.copytree(seed.run.checkpoints / name, run.checkpoints / name)
-    for name in ("run.json", "recipe.yaml"):
-        shutil.copy(seed.run.path / name, run.path / name)
-    return run
-
-
-def preload(way):
-    """What every rank would import by itself otherwise."""
-    if way.startswith("zero"):
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-
-
-def attempt(way, recipe, *faults):
-    """One life of a run on two ranks: what each returned, or None when a fault killed one, and so all, as launchers do.
-
-    Raises:
-        RankError: it failed by itself.
-    """
-    run = RunDir(Path(recipe.run_dir))
-    (notes_of(run.checkpoints) / "fired").unlink(missing_ok=True)
-
-    def live():
-        recorder = install(run.checkpoints, *faults)
-        return WAYS[way](recipe), recorder.points
-
-    try:
-        return run_ranks(2, live)
-    except RankError:
-        if not (notes_of(run.checkpoints) / "fired").exists():
-            raise
-        return None
-
-
-def newest_step(run):
-    """Step of the newest folder under a checkpoint's name; all of them must be whole."""
-    found = checkpoints.found(run.checkpoints)
-    for one in found:
-        assert checkpoints.verify(one).problem is None, f"{one.name} is a mixture"
-    return found[-1].step
-
-
-def check_lines(seed, run):
-    """Each attempt's first step, and that every loss it wrote is that of the uninterrupted run, bit for bit."""
-    started = {}
-    last = {}
-    for line in read_jsonl(run.metrics):
-        number = line["attempt"]
-        if line.get("event") == "restored":
-            started[number] = last[number] = line["step"]
-        elif "loss" in line:
-            last[number] += 1
-            assert line["step"] == last[number]
-            assert line["loss"] == seed.losses[line["step"]], f"step {line['step']} of attempt {number}"
-    return started, last
-
-
-def leftovers(run):
-    return {path.name for path in run.checkpoints.iterdir() if path.name.startswith((".staging", ".trash"))}
-
-
-# --- row 1: killed at every point -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def points_of(seed_of):
-    """way -> for each rank, what it does in one save, in order."""
-    made = {}
-
-    def record(way):
-        if way not in made:
-            seed = seed_of(way)
-            recipe = seed.recipe(f"{way}-recorded", asynchronous=False)
-            prepare(seed, recipe, NUM_STEPS - EVERY)
-            made[way] = [in_order(points) for _, points in attempt(way, recipe)]
-        return made[way]
-
-    return record
-
-
-def in_order(points):
-    """One rank's points of the first save; which rank makes the staging folder is a race, and is no rank's."""
-    return [point for phase, point in points if phase == 1 and point not in (STAGING, SHARDS_AGAIN)]
-
-
-def moments(points):
-    """All (rank, point, moment): an operation has a before and an after, a write an inside as well."""
-    for rank, own in ((ANY, [STAGING]), *enumerate(points)):
-        for point in own:
-            for moment in ("before", "inside", "after") if point.operation == "write" else ("before", "after"):
-                yield rank, point, moment
-
-
-def is_committed(own, point, moment):
-    """Whether rank 0 has given the folder its name at a moment of its list of points."""
-    here, there = own.index(point), own.index(Point("rename", COMMIT))
-    return here > there or (here == there and moment == "after")
-
-
-def kill_at_each(seed, points, cases, name):
-    """Kill a run at one point, start it again, kill that at the next point, and so on; then let it end.
-
-    Every start must load the newest checkpoint there is, the one before the kill or the new one, whole, clear away
-    what the kill left, and make the steps of the uninterrupted run.
-    """
-    run = None
-    for number, (rank, point, moment, victim) in enumerate(cases):
-        recipe = seed.recipe(name, asynchronous=bool(number % 2))
-        if run is None or newest_step(run) > NUM_STEPS - 3 * EVERY:
-            if run is not None:
-                check_lines(seed, run)
-            run = prepare(seed, recipe, EVERY)
-        before, rubbish = newest_step(run), leftovers(run)
-        fault = Fault(rank, point, moment, SAVES, victim)
-        ended = attempt(seed.way, recipe, fault)
-        assert ended is None, f"never came to: {fault}"
-        started, last = check_lines(seed, run)
-        mine = max(started)
-        assert started[mine] == before, fault
-        assert last[mine] >= before + EVERY, fault
-        assert not leftovers(run) & rubbish, f"left after a restart: {fault}"
-        after = newest_step(run)
-        assert after in (before, before + EVERY), fault
-        if rank == victim == 0:
-            assert (after > before) == is_committed(points[0], point, moment), fault
-    assert attempt(seed.way, recipe) is not None
-    assert not leftovers(run)
-    assert losses(run) == {step: loss for step, loss in seed.losses.items() if step > EVERY}
-    for key, tensor in weights(run).items():
-        assert torch.equal(tensor, seed.weights[key]), key
-
-
-def cases_of(points, moment, *, is_all=False):
-    """(rank at the point, point, moment, rank killed): that alternates, or all combinations."""
-    few = points if is_all else [[point for point in own if not is_inner_deletion(point)] for own in points]
-    found = [case for case in moments(few) if case[2] == moment]
-    for number, (rank, point, when) in enumerate(found):
-        for victim in (0, 1) if is_all else ((rank + number) % 2,):
-            yield rank, point, when, ANY if rank == ANY else victim
-
-
-def is_inner_deletion(point):
-    """A deletion that is neither the first nor the last of a folder; the middle one stays."""
-    return point.operation in ("unlink", "rmdir") and point.name not in (".trash/state.json", ".trash")
-
-
-@pytest.mark.parametrize("moment", ["before", "inside", "after"])
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_killed_at_any_point_of_a_save(seed_of, points_of, way, moment):
-    points = points_of(way)
-    cases = cases_of(points, moment)
-    if (way, moment) == ("fsdp2", "after"):  # of what is just before a rank's next point the most important ones
-        begins = points[0].index(Point("fsync", ".staging/MANIFEST.json"))
-        cases = (case for case in cases if case[0] == 0 and points[0].index(case[1]) >= begins)
-    kill_at_each(seed_of(way), points, cases, f"{way}-{moment}")
-
-
-@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3"])
-def test_killed_at_six_points_of_a_save_under_zero(seed_of, points_of, way):
-    shard = ".staging/shards/__1_0.distcp"
-    cases = [
-        (1, Point("write", shard), "inside", 1),
-        (1, Point("fsync", shard), "before", 0),
-        (0, Point("rename", ".staging/shards/.metadata.tmp -> .staging/shards/.metadata"), "after", 1),
-        (0, Point("write", ".staging/MANIFEST.json"), "inside", 0),
-        (0, Point("rename", COMMIT), "after", 0),
-        (0, Point("unlink", ".trash/state.json"), "after", 0),
-    ]
-    kill_at_each(seed_of(way), points_of(way), cases, f"{way}-six")
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("moment", ["before", "inside", "after"])
-@pytest.mark.parametrize("way", WAYS)
-def test_killed_at_any_point_of_a_save_any_rank(seed_of, points_of, way, moment):
-    cases = list(cases_of(points_of(way), moment, is_all=True))
-    kill_at_each(seed_of(way), points_of(way), cases, f"{way}-{moment}-all")
-
-
-STOP_HERE = Fault(0, Point("mkdir", ".staging/shards"), "before", SAVES, 0)  # ends an attempt after EVERY steps
-
-
-@pytest.mark.parametrize("moment", ["before", "inside"])
-def test_killed_while_a_start_clears_away(seed_of, moment):
-    """A damaged checkpoint is set aside, and what earlier attempts left is deleted: killed there, the next one does."""
-    seed = seed_of("ddp")
-    recipe = seed.recipe(f"start-{moment}")
-
-    def littered():
-        run = prepare(seed, recipe, EVERY, 2 * EVERY)
-        flip_bit(run.checkpoints / f"step-{2 * EVERY:010d}" / "state.json")
-        for name in (".staging-000-01234567", ".trash-step-0000000002-01234567"):
-            (run.checkpoints / name).mkdir()
-            for number in (1, 2):
-                (run.checkpoints / name / f"file-{number}").touch()
-        return run
-
-    littered()
-    [(_, points), _] = attempt("ddp", seed.recipe(f"start-{moment}", every=None))
-    points = [[point for phase, point in points if phase == START], []]
-    assert len(points[0]) > 15
-    for _, point, _ in (case for case in moments(points) if case[2] == moment and case[0] == 0):
-        run = littered()
-        fault = Fault(0, point, moment, START, 0)
-        assert attempt("ddp", recipe, fault) is None, f"never came to: {fault}"
-        assert attempt("ddp", recipe, STOP_HERE) is None
-        started, last = check_lines(seed, run)
-        assert (started[2], last[2]) == (EVERY, 2 * EVERY), fault
-        assert [one.step for one in checkpoints.found(run.checkpoints)] == [EVERY], fault
-        assert not [name for name in leftovers(run) if not name.startswith(".staging-002-")], fault
-        [aside] = (run.checkpoints / ".quarantine").iterdir()
-        assert aside.name.startswith(f"step-{2 * EVERY:010d}-")
-
+# ruff: noqa: F811  their names as arguments
 
 # --- row 2: a disk that refuses ---------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from checkpoint_lives import EVERY, NUM_STEPS, prepare, seed_of  # noqa: F401  seed_of is a fixture
 from ranks import run_ranks
-from test_checkpoint_faults import EVERY, NUM_STEPS, prepare, seed_of  # noqa: F401  seed_of is a fixture
 from test_elastic import WAYS
 
 from asr_train.files import read_json

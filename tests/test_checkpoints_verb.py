@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from damage import flip_bit, truncate
 from ranks import RankError, run_ranks
-from test_train import recipe  # noqa: F401  a fixture
+from small_run import recipe  # noqa: F401  a fixture
 
 from asr_train import checkpoints, loop
 from asr_train.run_dir import RunDir

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from ranks import RankError, run_ranks
-from test_train import losses, recipe, run_on  # noqa: F401  recipe is a fixture
+from small_run import losses, recipe, run_on  # noqa: F401  recipe is a fixture
 
 from asr_train import checkpoint, checkpoints, loop
 from asr_train.errors import CheckpointError

@@ -10,8 +10,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is importe
 import pytest
 import torch
 from ranks import run_ranks
+from small_run import assert_close, losses, recipe, run_on, trained, weights  # noqa: F401  recipe is a fixture
 from test_strategies import train_deepspeed, train_fsdp2
-from test_train import assert_close, losses, recipe, run_on, trained, weights  # noqa: F401  recipe is a fixture
 
 from asr_train import checkpoints
 from asr_train.run_dir import RunDir, read_metrics

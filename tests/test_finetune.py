@@ -2,8 +2,8 @@
 
 import pytest
 from ranks import run_ranks
+from small_run import MODEL, assert_close, losses, recipe, run_on, trained  # noqa: F401  recipe is a fixture
 from test_telephone import installed
-from test_train import MODEL, assert_close, losses, recipe, run_on, trained  # noqa: F401  recipe is a fixture
 
 from asr_train.data import telephone
 from asr_train.errors import RecipeError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import RankError, run_ranks
-from test_train import recipe  # noqa: F401  recipe is a fixture
+from small_run import recipe  # noqa: F401  recipe is a fixture
 
 from asr_train.config import LimitSettings
 from asr_train.files import read_json, write_json

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from test_train import recipe  # noqa: F401  a fixture
+from small_run import recipe  # noqa: F401  a fixture
 
 from asr_train import ledger as module
 from asr_train.files import read_jsonl

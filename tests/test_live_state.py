@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from small_run import losses, recipe, weights  # noqa: F401  recipe is a fixture
 from test_elastic import WAYS
-from test_train import losses, recipe, weights  # noqa: F401  recipe is a fixture
 
 from asr_train.run_dir import RunDir
 

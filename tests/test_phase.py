@@ -7,7 +7,7 @@ import sys
 import time
 
 from ranks import run_ranks
-from test_train import recipe  # noqa: F401  recipe is a fixture
+from small_run import recipe  # noqa: F401  recipe is a fixture
 
 from asr_train import phase
 from asr_train.phase import FOLDER, STACKS_SIGNAL, PhaseFile, read_record, stacks_file

@@ -1,64 +1,22 @@
-"""`python -m asr_train.prepare`: what is refused and why, what is kept, interrupted and simultaneous prepares."""
+"""`python -m asr_train.prepare`: what is refused and why, and what is kept."""
 
-import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
-from conftest import RATE, encoded, speech, write_jsonl, write_speech
-from transformers import Wav2Vec2CTCTokenizer
+from bad_rows import BAD_ROWS, bad_manifest, rejected
+from conftest import write_jsonl, write_speech
 
 from asr_train import prepare as prepare_module
 from asr_train.data.corpus import Corpus
 from asr_train.data.rows import SourceError
 from asr_train.errors import CorpusError, RecipeError, run_main
-from asr_train.geometry import WAV2VEC2
-from asr_train.lock import HeartbeatLock
 from asr_train.prepare import is_prepared, main, prepare
 from asr_train.recipe import load_recipe
-
-TONE = speech("good text", 1.0)
-
-
-def noise(seconds):
-    return (0.1 * np.random.default_rng(0).standard_normal(round(seconds * RATE))).astype(np.float32)
-
-
-# name -> bytes of the audio file (None: there is none), text, reason in training, reason in evaluation
-BAD_ROWS = {
-    "good": (encoded(TONE), "good text", None, None),
-    "gone": (None, "good text", "missing file", "missing file"),
-    "garbage": (b"garbage" * 99, "good text", "unreadable audio", "unreadable audio"),
-    "cut": (encoded(noise(1))[:9_000], "good text", "truncated audio", "truncated audio"),
-    "cut-flac": (encoded(noise(1), form="FLAC")[:9_000], "good text", "truncated audio", "truncated audio"),
-    "empty": (encoded(TONE[:0]), "good text", "no samples", "no samples"),
-    "nan": (encoded(np.append(TONE, np.float32(np.nan)), subtype="FLOAT"), "good text", "NaN", "NaN"),
-    "silent": (encoded(0 * TONE), "good text", "silence", None),
-    "short": (encoded(TONE[:800]), "go", "too short", None),
-    "no-frame": (encoded(TONE[:300]), "g", "too short", None),
-    "long": (encoded(noise(4)), "good text", "too long", None),
-    "no-text": (encoded(TONE), None, "empty text", "empty text"),
-    "only-removed": (encoded(TONE), " ?! ", "empty text", "empty text"),
-    "crowded": (encoded(TONE[:4_000]), "oodd teg " * 3, "unalignable", None),
-}
-
-
-def bad_manifest(folder):
-    folder.mkdir()
-    rows = []
-    for name, (data, text, _, _) in BAD_ROWS.items():
-        if data is not None:
-            (folder / f"{name}.wav").write_bytes(data)
-        rows.append({"id": name, "audio": f"{name}.wav", "text": text})
-    return str(write_jsonl(folder / "m.jsonl", rows))
 
 
 @pytest.fixture
@@ -72,10 +30,6 @@ def bad_recipe(tiny_recipe, tmp_path):
         return tiny_recipe(**{**values, **limits, **changes})
 
     return make
-
-
-def rejected(path):
-    return [json.loads(line) for line in (path / "rejected.jsonl").open()]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -161,101 +115,6 @@ def test_names_of_sets_that_a_corpus_has_already_are_refused(tiny_recipe):
             prepare(tiny_recipe(**{"eval.sets": {name: source}}))
 
 
-# --- the vocabulary ---------------------------------------------------------------------------------------------
-
-
-def manifest_of(folder, texts):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(texts):
-        (folder / f"{number}.wav").write_bytes(encoded(speech(text or "a", 2.0, seed=number)))
-    rows = [{"id": f"r{number}", "audio": f"{number}.wav", "text": text} for number, text in enumerate(texts)]
-    return {"kind": "jsonl", "path": str(write_jsonl(folder / "m.jsonl", rows))}
-
-
-def upper_tokenizer(folder, **special):
-    folder.mkdir()
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABDEHLORW'"]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **special).save_pretrained(folder)
-    return str(folder)
-
-
-def test_the_vocabulary_comes_from_training_texts_alone(tiny_recipe, tmp_path):
-    train, dev = manifest_of(tmp_path / "t", ["abba", "a cab"]), manifest_of(tmp_path / "d", ["dab", "abc"])
-    recipe = tiny_recipe(**{"data.train": train, "eval.sets": {"dev": dev}, "data.corpus_root": str(tmp_path)})
-    corpus = prepare(recipe, progress=False)
-    assert corpus.vocabulary.tokens == ("[PAD]", "[UNK]", "|", "a", "b", "c")
-    dev_set = corpus.sets["dev"]
-    assert dev_set.labels(0).tolist() == []  # d is unknown: kept, scored, without labels
-    assert dev_set.text(0) == "dab"
-    assert dev_set.labels(1).tolist() == [3, 4, 5]
-    assert dev_set.num_labels.tolist() == [0, 3]
-
-
-@pytest.mark.parametrize(
-    ("policy", "train_texts", "dev_text", "dev_labels"),
-    [
-        ("reject", ["HELLO"], "ZEBRA", []),
-        ("remove", ["HELLO", "BRAED"], "ZEBRA", "EBRA"),
-        ("unk", ["HELLO", "BRAZED"], "ZEBRA", "<unk>EBRA"),
-        (None, ["HELLO", "BRAZED"], "ZEBRA", "<unk>EBRA"),
-    ],
-)
-def test_characters_outside_a_given_vocabulary(tiny_recipe, tmp_path, policy, train_texts, dev_text, dev_labels):
-    changes = {
-        "text.processor": upper_tokenizer(tmp_path / "p"),
-        "text.case": "upper",
-        "text.unknown_characters": policy,
-        "data.train": manifest_of(tmp_path / "t", ["hello", "brazed"]),
-        "eval.sets": {"dev": manifest_of(tmp_path / "d", ["zebra"])},
-        "data.corpus_root": str(tmp_path),
-        "data.max_rejected_percent": 50,
-    }
-    corpus = prepare(tiny_recipe(**changes), progress=False)
-    assert [corpus.train.text(row) for row in range(len(corpus.train))] == train_texts
-    dev = corpus.sets["dev"]
-    assert dev.text(0) == dev_text  # the reference stays whole
-    ids = {token: number for number, token in enumerate(corpus.vocabulary.tokens)}
-    expected = [ids["<unk>"], *(ids[c] for c in "EBRA")] if "<unk>" in dev_labels else [ids[c] for c in dev_labels]
-    assert dev.labels(0).tolist() == expected
-    if policy == "reject":
-        entry = rejected(corpus.path)[0]
-        assert (entry["id"], entry["reason"], entry["value"]) == ("r1", "unknown characters", "Z")
-    assert "Z x1" in (corpus.path / "summary.txt").read_text()
-
-
-def test_texts_in_the_wrong_case_for_a_given_vocabulary_are_refused(tiny_recipe, tmp_path):
-    """With `unk` every label would be [UNK], and training would go on in silence."""
-    changes = {"text.processor": upper_tokenizer(tmp_path / "p"), "data.corpus_root": str(tmp_path)}
-    with pytest.raises(CorpusError, match=r"lacks \d+ % .*text\.case: lower"):
-        prepare(tiny_recipe(**changes), progress=False)
-
-
-@pytest.mark.parametrize("processor", [False, True])
-def test_a_word_delimiter_in_transcripts_is_refused_unless_removed(tiny_recipe, tmp_path, processor):
-    changes = {"data.train": manifest_of(tmp_path / "t", ["all bad", "all | old"]), "data.corpus_root": str(tmp_path)}
-    changes |= {"eval.sets": {}, "text.case": "upper"}
-    if processor:
-        changes["text.processor"] = upper_tokenizer(tmp_path / "p")
-    with pytest.raises(CorpusError, match=r"'\|' in 'ALL \| OLD'"):
-        prepare(tiny_recipe(**changes), progress=False)
-    corpus = prepare(tiny_recipe(**changes, **{"text.remove": "|"}), progress=False)
-    assert corpus.train.text(1) == "ALL OLD"
-
-
-def test_labels_in_alignment_are_those_after_normalisation(tiny_recipe, tmp_path):
-    """25 frames for 27 characters: unalignable as it came, alignable once the digits are removed."""
-    folder = tmp_path / "t"
-    source = manifest_of(folder, ["abc"])
-    (folder / "0.wav").write_bytes(encoded(speech("abc", 0.51)))
-    rows = [{"id": "r0", "audio": "0.wav", "text": "abc 01234567890123456789012345"}]
-    write_jsonl(folder / "m.jsonl", rows)
-    changes = {"data.train": source, "eval.sets": {}, "data.corpus_root": str(tmp_path)}
-    with pytest.raises(CorpusError, match="unalignable 1"):
-        prepare(tiny_recipe(**changes), progress=False)
-    assert len(prepare(tiny_recipe(**changes, **{"text.remove_digits": True}), progress=False).train) == 1
-
-
 # --- the command ------------------------------------------------------------------------------------------------
 
 
@@ -314,189 +173,3 @@ def test_a_manifest_that_changed_since_is_said(tiny_recipe_file, tmp_path, capsy
     assert f"files that have changed since:\n  {manifest}" in capsys.readouterr().err
     assert len(prepare(load_recipe(recipe)).train) == 3  # a training goes on, and says so
     assert f"note: corpus {tmp_path}" in capsys.readouterr().err
-
-
-# --- interrupted, and at once -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def slow_recipe(tiny_recipe_file, tmp_path):
-    """A recipe of 30 shards that take a while: two minutes of 48 kHz noise each, to be resampled, by 2 workers."""
-    folder = tmp_path / "slow"
-    folder.mkdir()
-    for number in range(4):
-        data = encoded(np.tile(noise(1), 90), 48_000)
-        (folder / f"{number}.wav").write_bytes(data)
-    with (folder / "t.csv").open("w") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["id", "audio", "text", "offset", "duration"])
-        writer.writerows(
-            [f"r{number}", f"{number % 4}.wav", "some words", 0, 29.9 - number / 100] for number in range(120)
-        )
-    changes = {"data.train": {"kind": "csv", "path": str(folder / "t.csv")}, "data.shard_rows": 4, "eval.sets": {}}
-    return tiny_recipe_file(**changes, **{"data.corpus_root": str(tmp_path / "corpora"), "data.num_proc": 2})
-
-
-def start(recipe):
-    command = [sys.executable, "-m", "asr_train.prepare", str(recipe)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for(condition, seconds=300):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
-    return found
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def children(pid):
-    found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        found += Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-def kill_once(recipe, corpora, at_least):
-    """Start a prepare, SIGKILL it once it has written some shards; the shards and when they were written."""
-
-    def done():
-        return {path: path.stat().st_mtime_ns for path in corpora.glob("*/train/shard-*.arrow")}
-
-    process = start(recipe)
-    wait_for(lambda: len(done()) >= at_least or process.poll() is not None)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    wait_for(lambda: not any(map(is_running, workers)))  # no orphan goes on, or waits for ever
-    assert at_least <= len(done()) < 30, "the kill came too late to test anything"
-    assert not list(corpora.glob("*/corpus.json"))
-    return done()
-
-
-def test_killed_at_any_moment_prepare_goes_on_where_it_was(slow_recipe, tmp_path):
-    corpora = tmp_path / "corpora"
-    first = kill_once(slow_recipe, corpora, 1)
-    kept = kill_once(slow_recipe, corpora, len(first) + 5)
-    assert first.items() <= kept.items()  # shards of before the kill were not written again
-    out, err = start(slow_recipe).communicate(timeout=300)
-    assert "prepared: " in out, err
-    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
-    corpus = Corpus.open(next(corpora.iterdir()))
-    assert [corpus.train.id(row) for row in range(120)] == [f"r{number}" for number in range(120)]
-    assert corpus.train.num_samples.tolist() == [round((29.9 - n / 100) * RATE) for n in range(120)]
-    left = [
-        path.name for path in corpus.path.rglob("*") if path.name.endswith((".tmp", ".rejected.jsonl", "lock.json"))
-    ]
-    assert left == []
-
-
-def test_two_at_once_make_one_corpus(slow_recipe, tmp_path):
-    both = [start(slow_recipe), start(slow_recipe)]
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum("rows kept" in err for _, err in said) == 1  # one prepared and reported
-    corpus = Corpus.open(next((tmp_path / "corpora").iterdir()))
-    assert [corpus.train.id(row) for row in range(120)] == [f"r{number}" for number in range(120)]
-
-
-def test_prepare_waits_for_another_process_and_says_so(tiny_recipe_file, tiny_recipe, tmp_path):
-    changes = {"data.corpus_root": str(tmp_path / "c")}
-    path = prepare_module.corpus_path(tiny_recipe(**changes), WAV2VEC2)
-    with HeartbeatLock(path / "lock.json"):
-        process = start(tiny_recipe_file(**changes))
-        assert process.stderr.readline().startswith(f"waiting for process {os.getpid()} on ")
-        time.sleep(1.5)
-        assert process.poll() is None
-        assert not (path / "train").exists()
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert err == ""  # said once
-    assert "train 40 rows" in out
-
-
-def test_a_dead_holder_of_the_lock_is_no_holder(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(**{"data.corpus_root": str(tmp_path / "c")})
-    path = prepare_module.corpus_path(recipe, WAV2VEC2)
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    with HeartbeatLock(path / "lock.json"):
-        held = json.loads((path / "lock.json").read_text())
-    (path / "lock.json").write_text(json.dumps({**held, "pid": int(process.stdout)}))
-    assert len(prepare(recipe, progress=False).train) == 40
-
-
-def test_shards_of_another_listing_are_not_kept(tiny_recipe, tmp_path):
-    """The manifest changed between an interrupted prepare and the next: no mixture of the two."""
-    manifest = write_speech(tmp_path / "s", 6, name="old")
-    changes = {"data.train.path": str(manifest), "data.corpus_root": str(tmp_path / "c"), "data.shard_rows": 2}
-    changes["data.max_rejected_percent"] = 0.0
-    rows = [json.loads(line) for line in manifest.open()]
-    write_jsonl(manifest, [*rows[:5], {**rows[5], "audio_filepath": "gone.wav"}])
-    with pytest.raises(CorpusError):
-        prepare(tiny_recipe(**changes), progress=False)
-    write_speech(tmp_path / "s", 6, seed=5, name="new")
-    corpus = prepare(tiny_recipe(**changes), progress=False)
-    assert [corpus.train.id(row) for row in range(6)] == [f"new-{number:03d}" for number in range(6)]
-
-
-def test_ctrl_c_ends_prepare_at_once_and_keeps_what_is_done(slow_recipe, tmp_path):
-    process = start(slow_recipe)
-    wait_for(lambda: list(tmp_path.glob("corpora/*/train/shard-*.arrow")))
-    workers = children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (130, "interrupted\n")
-    assert "prepared" not in out
-    wait_for(lambda: not any(map(is_running, workers)))
-    assert not list(tmp_path.glob("corpora/*/lock.json"))
-
-
-def test_a_corpus_that_cannot_be_written_is_said(tiny_recipe_file, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert run_main(main, [str(tiny_recipe_file(**{"data.corpus_root": str(tmp_path / "file")}))]) == 4
-    assert "cannot be written" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_data_set_through_worker_processes(tiny_recipe, tiny_corpus, tmp_path, monkeypatch, streaming):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = range(12)
-    dev = tiny_corpus.sets["dev"]
-    audio = [{"bytes": encoded(dev.waveform(row)), "path": None} for row in rows]
-    table = {"audio": audio, "transcription": [dev.raw_text(row) for row in rows]}
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    dataset = datasets.Dataset.from_dict(table).cast_column("audio", datasets.Audio(decode=False))
-    dataset.to_parquet(folder / "train.parquet")
-    changes = {"data.train": {"kind": "hub", "dataset": str(folder), "streaming": streaming}, "data.num_proc": 2}
-    changes |= {"data.shard_rows": 3, "data.corpus_root": str(tmp_path / "c")}
-    corpus = prepare(tiny_recipe(**changes), progress=False)
-    assert [corpus.train.id(row) for row in rows] == [str(row) for row in rows]
-    for row in rows:
-        assert np.array_equal(corpus.train.waveform(row), dev.waveform(row))
-        assert corpus.train.text(row) == dev.text(row)
-
-
-def test_a_killed_worker_is_said(slow_recipe):
-    process = start(slow_recipe)
-    worker = wait_for(lambda: [pid for pid in children(process.pid) if b"spawn_main" in cmdline(pid)])[0]
-    time.sleep(0.5)
-    os.kill(worker, signal.SIGKILL)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 4
-    assert "a worker process of prepare was killed" in err
-    assert "Traceback" not in err
-
-
-def cmdline(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b""

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from damage import flip_bit
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file
+from small_run import losses, recipe, trained, weights  # noqa: F401  recipe is a fixture
 from test_elastic import WAYS
-from test_train import losses, recipe, trained, weights  # noqa: F401  recipe is a fixture
 from torch import nn
 from transformers import AutoModelForCTC
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from ranks import run_ranks
-from test_train import assert_close, losses, recipe, run_on, trained  # noqa: F401  recipe is a fixture
+from small_run import assert_close, losses, recipe, run_on, trained  # noqa: F401  recipe is a fixture
 
 from asr_train import checkpoint, checkpoints, loop
 from asr_train.files import read_jsonl

@@ -18,7 +18,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from ranks import run_ranks
-from test_train import assert_close, losses, recipe, run_on, trained, weights  # noqa: F401  recipe is a fixture
+from small_run import assert_close, losses, recipe, run_on, trained, weights  # noqa: F401  recipe is a fixture
 
 from asr_train import strategy
 from asr_train.run_dir import RunDir
