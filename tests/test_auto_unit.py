@@ -185,10 +185,11 @@ def test_steps_of_the_real_model_under_a_limit_find_what_the_limit_allows(parall
 
 def test_a_gpu_is_tried_once_and_remembered_by_what_it_was_tried_for(parallel, tiny_corpus, tiny_recipe, monkeypatch):
     """The device's part is played: what it holds, and that large units do not fit."""
-    tried = []
+    tried, budgets = [], set()
 
     def survives(_, shape, budget):
         tried.append(shape)
+        budgets.add(budget)
         return shape.num_utterances * shape.padded_samples <= 30 * 16_000
 
     fake = SimpleNamespace(
@@ -206,12 +207,15 @@ def test_a_gpu_is_tried_once_and_remembered_by_what_it_was_tried_for(parallel, t
     first = unit_probe.find_unit_audio_s(tiny_recipe(), fake, index, plan)
     assert first.how == "tried"
     assert 10 < first.unit_audio_s <= 30
+    assert list(budgets) == [pytest.approx(0.9 * 2**33)], "a tenth of the memory stays free"
     num_tried = len(tried)
     again = unit_probe.find_unit_audio_s(tiny_recipe(), fake, index, plan)
     assert (again.how, again.unit_audio_s, len(tried)) == ("remembered", first.unit_audio_s, num_tried)
     for change in ({"precision": "bf16"}, {"model.gradient_checkpointing": True}):
         assert unit_probe.find_unit_audio_s(tiny_recipe(**change), fake, index, plan).how == "tried"
-    gpu.name = "another GPU"
+    fake.name = "ddp"
+    assert unit_probe.find_unit_audio_s(tiny_recipe(), fake, index, plan).how == "tried"
+    fake.name, gpu.name = "single", "another GPU"
     assert unit_probe.find_unit_audio_s(tiny_recipe(), fake, index, plan).how == "tried"
     monkeypatch.setattr(unit_probe, "_survives", lambda *_: False)
     gpu.name = "a small GPU"
