@@ -1,6 +1,5 @@
 """The promises of the loop: the same run on any number of processes, nothing lost, nothing twice, bit-equal resume."""
 
-import json
 import os
 import re
 import shutil
@@ -401,21 +400,6 @@ def test_a_torn_checkpoint_is_set_aside_and_none_whole_is_a_hard_stop(recipe):
         run_ranks(1, refused)
         assert run.outcomes()[0]["exit_code"] == 5
     assert len(list((run.checkpoints / ".quarantine").iterdir())) == 3
-
-
-def test_trackers_get_the_curves(recipe):
-    pytest.importorskip("tensorboard")
-    run = run_on(1, recipe("tracked", max_steps=3, log__trackers=["tensorboard"]))
-    assert list((run.path / "trackers").rglob("events.out.tfevents*"))
-    assert json.loads((run.path / "done.json").read_text())["step"] == 3
-
-
-def test_an_unknown_tracker_is_refused_and_the_installed_ones_are_listed(recipe):
-    def refused():
-        with pytest.raises(RecipeError, match=r"log\.trackers: tensorbord: not installed.*tensorboard"):
-            train(recipe("x", log__trackers=["tensorbord"]))
-
-    run_ranks(1, refused)
 
 
 def test_another_kind_of_device_on_resume_is_said(recipe, capfd):
