@@ -261,7 +261,10 @@ class LogSettings(_Strict):
 
     every: Count = setting("steps between training lines", 10, defines_run=False)
     trained_ids: bool = setting("write which utterances each rank trained on at each step", False, defines_run=False)
-    trackers: tuple[str, ...] = setting("accelerate's trackers, tensorboard say", (), defines_run=False)
+    trackers: tuple[str, ...] | None = setting(
+        "accelerate's trackers, `[tensorboard, wandb]` say; null is TensorBoard where it is installed, `[]` none", None,
+        defines_run=False,
+    )  # fmt: skip
     prometheus: str | None = setting(
         "file for Prometheus' textfile collector, renewed at each training line; null writes none", None,
         defines_run=False,

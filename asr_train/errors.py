@@ -104,6 +104,8 @@ def run_main(program: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         program: takes the arguments without the program's name, returns the exit code.
         argv: the arguments; `sys.argv[1:]` when None. Those of every verb (`verbosity.OPTIONS`) may stand anywhere.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no character for is no reason to end
+        sys.stdout.reconfigure(errors="backslashreplace")
     with taken(sys.argv[1:] if argv is None else argv) as arguments:
         return _run(program, arguments)
 
@@ -112,8 +114,6 @@ def _run(program: Callable[[Sequence[str]], int], arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal has no character for is no reason to end
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return program(arguments)
     except WavefleetError as error:

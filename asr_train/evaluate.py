@@ -1,7 +1,6 @@
 """Score a run or a model: `python -m asr_train.evaluate RUN|MODEL`, alone or under `accelerate launch`."""
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from asr_train.prepare import prepare
 from asr_train.recipe import read_resolved
 from asr_train.run_dir import RunDir
 from asr_train.score import SetScore, add_metrics, evaluate_set
+from asr_train.strategy import keep_deepspeed_from_guessing
 from asr_train.trained import load_trained
 
 __all__ = ["SetScore", "evaluate", "evaluate_set"]
@@ -136,8 +136,7 @@ def processes(target: Path) -> Iterator[Accelerator]:
 def _make_accelerator(target: Path) -> Accelerator:
     """The processes, in the precision that a run was trained and evaluated in, as far as this machine has it."""
     has_gpu = torch.cuda.is_available()
-    if not has_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, guesses otherwise, aloud
+    keep_deepspeed_from_guessing()
     precision = RunDir(target).recipe().precision if (target / "run.json").exists() else "fp32"
     is_mixed = precision == "bf16" or (precision == "fp16" and has_gpu)
     return Accelerator(

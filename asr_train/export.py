@@ -23,6 +23,7 @@ from asr_train.files import publish_dir, write_json, write_text
 from asr_train.geometry import SAMPLE_RATE
 from asr_train.model_card import model_card, public_recipe
 from asr_train.run_dir import environment, read_metrics
+from asr_train.strategy import keep_deepspeed_from_guessing
 from asr_train.trained import Trained, load_trained
 
 _RECORD = "export.json"  # also marks a folder as ours to replace
@@ -135,6 +136,7 @@ def main(argv: Sequence[str]) -> int:
 def _write(trained: Trained, folder: Path) -> None:
     """Everything that belongs into the folder."""
     shutil.copytree(trained.corpus.processor_dir, folder)
+    keep_deepspeed_from_guessing()
     trained.model.hf.save_pretrained(folder)
     step = trained.checkpoint.step
     scores = {line["set"]: line for line in read_metrics(trained.run) if "set" in line and line["step"] == step}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -29,7 +28,8 @@ from asr_train.geometry import SAMPLE_RATE
 from asr_train.model import SpeechModel
 from asr_train.peer_wait import PeerWait
 from asr_train.prometheus import check_prometheus
-from asr_train.trouble import LIBRARIES, need
+from asr_train.trackers import tracker_names
+from asr_train.trouble import need
 
 _COLLECTIVE_TIMEOUT_S = 1800  # a rank this late is dead; the slowest thing ranks wait for is a save
 _LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
@@ -153,13 +153,9 @@ def check_environment(recipe: Recipe) -> None:
         problems.append(f"gradient_clipping: {clipping} there, optim.max_grad_norm: {recipe.optim.max_grad_norm} here")
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("precision: 'fp16': needs a GPU, and this machine shows none; use fp32 or bf16")
-    for tracker in set(recipe.log.trackers) & set(LIBRARIES):
-        need(tracker, f"log.trackers: {tracker}")
+    tracker_names(recipe)  # refuses those that cannot be had
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         need("deepspeed", "the accelerate config")
-    if unknown := sorted(set(recipe.log.trackers) - {str(name) for name in get_available_trackers()}):
-        known = ", ".join(sorted(str(name) for name in get_available_trackers()))
-        raise RecipeError(f"log.trackers: {', '.join(unknown)}: not installed, or unknown to accelerate; here: {known}")
     if recipe.log.prometheus is not None and os.environ.get("RANK", "0") == "0":  # which writes it, on its node
         check_prometheus(recipe.log.prometheus)
     if problems:
@@ -167,6 +163,12 @@ def check_environment(recipe: Recipe) -> None:
         raise RecipeError(
             f"the accelerate config sets what the recipe alone decides:{listed}\nTake it out of the config."
         )
+
+
+def keep_deepspeed_from_guessing() -> None:
+    """Name the device to DeepSpeed, which transformers and accelerate load where it is installed: it guesses aloud."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
@@ -178,16 +180,16 @@ def make_accelerator(recipe: Recipe, run_path: str) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     torch.use_deterministic_algorithms(recipe.deterministic)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses otherwise, aloud, once it is installed
-        if not _is_on("ACCELERATE_USE_DEEPSPEED"):  # which on CPU would become DDP
-            os.environ["ACCELERATE_USE_CPU"] = "true"  # without it several processes are refused, or each is alone
+    keep_deepspeed_from_guessing()
+    # on CPU DeepSpeed would become DDP; without this several processes are refused there, or each is alone
+    if not torch.cuda.is_available() and not _is_on("ACCELERATE_USE_DEEPSPEED"):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     # on CPU DeepSpeed must be told, else every rank is alone; without it, telling makes accelerate forget the strategy
     needs_backend = _is_on("ACCELERATE_USE_DEEPSPEED") and not torch.cuda.is_available()
     timeout_s = float(os.environ.get("WAVEFLEET_COLLECTIVE_TIMEOUT_S", _COLLECTIVE_TIMEOUT_S))
     accelerator = Accelerator(
         mixed_precision=_PRECISION[recipe.precision],
-        log_with=list(recipe.log.trackers) or None,
+        log_with=tracker_names(recipe) or None,
         project_dir=run_path,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), backend="gloo" if needs_backend else None),

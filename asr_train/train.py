@@ -44,6 +44,7 @@ from asr_train.score import check_metrics
 from asr_train.state import TrainState
 from asr_train.stop import Requests, StopFlag, follow_launcher
 from asr_train.strategy import Parallel
+from asr_train.trackers import open_trackers
 from asr_train.trained import load_init
 from asr_train.unit_probe import find_unit_audio_s
 
@@ -211,8 +212,7 @@ def _attempt(
         ),
     }  # fmt: skip
     job.log(first_line)
-    # a resumed curve goes on where the checkpoint was: later points of the attempt before are no part of the run
-    accelerator.init_trackers(recipe.name, init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
+    open_trackers(accelerator, recipe, run, state.step)
 
     # 5. Train; until here a signal just ends the program, for there is nothing to save.
     stop.install()

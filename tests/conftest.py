@@ -128,6 +128,7 @@ def tiny_recipe(tiny_speech, tmp_path_factory):
         },
         "eval": {"sets": {"dev": {"kind": "jsonl", "path": str(tiny_speech / "dev" / "manifest.jsonl")}}},
         "model": {"config": TINY_MODEL},
+        "log": {"trackers": []},  # TensorBoard, the default where it is installed, is slow to load
     }
 
     def make(**changes) -> Recipe:

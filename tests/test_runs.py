@@ -312,36 +312,3 @@ def test_a_rank_of_two_is_killed_in_a_step_and_the_run_ends_with_the_same_bits(r
     assert losses(run) == losses(whole)
     assert trained_ids(run) == trained_ids(whole)
     assert_same_bits(weights(run), weights(whole))
-
-
-# --- trackers ---------------------------------------------------------------------------------------------------
-
-
-def test_curves_of_a_killed_and_resumed_run_have_every_step_once(recipe):
-    pytest.importorskip("tensorboard")
-    changes = {"max_steps": 8, "eval.every": "2", "checkpoint": {"every": "3", "save_best": False}}
-    tracked = recipe("tracked", {**changes, "log.trackers": ["tensorboard"]})
-    run = RunDir(Path(tracked.run_dir))
-
-    def killed():
-        signal_in_step(signal.SIGKILL, 6)
-        return train(tracked)
-
-    with pytest.raises(RankError):
-        run_ranks(1, killed)
-    assert sorted(losses(run)) == [1, 2, 3, 4, 5]
-    time.sleep(1.1)  # the files are read in the order of their names, which count seconds
-    run_on(1, tracked)
-    assert first_line(run, 2)["step"] == 3
-    (curves,) = run_ranks(1, read_curves, run.path / "trackers" / "tiny")
-    assert [step for step, _ in curves["loss"]] == list(range(1, 9))
-    assert [step for step, _ in curves["dev/wer"]] == [2, 4, 6, 8]
-    assert dict(curves["loss"]) == pytest.approx(losses(run), rel=1e-6)
-
-
-def read_curves(folder):
-    """Tag -> (step, value) as TensorBoard shows them. In a process of its own: after reading here, later ranks hung."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
-
-    shown = EventAccumulator(str(folder)).Reload()
-    return {tag: [(point.step, point.value) for point in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
