@@ -25,8 +25,8 @@ LAYERS = (
     data.sources data.find_source data.look
     data.shards data.shard_pool data.summary data.finish data.stage
     data.spec_augment data.batch data.loader""",
-    """model_config model_facts chunked_encoder speech_model model compiling trackers strategy unit_probe live_state checkpoint
-    restore score""",
+    """model_config model_facts chunked_encoder speech_model model compiling trackers strategy unit_probe live_state
+    checkpoint restore score""",
     """job training_log loop prepare prepare_share fetch samples new_file new train trained selfcheck eval_data evaluate
     model_card export transcribe __main__""",
 )
