@@ -129,7 +129,8 @@ def memory_chart(units: Sequence[Mapping[str, Any]]) -> Chart:
     layout = bar_layout("GB", "", barmode="stack", showlegend=True)
     layout["yaxis"] = {**layout["yaxis"], "autorange": "reversed", "type": "category"}
     return Chart(
-        key="memory", title="Memory of one process, with and without gradient checkpointing", data=data, layout=layout, height=240, is_open=True,
+        key="memory", title="Memory of one process, with and without gradient checkpointing", data=data, height=240,
+        layout=layout, is_open=True,
         alt=f"Predicted peak memory of one process for the largest unit, by gradient checkpointing: {totals}.",
         table=Table(("part", *names), [
             [kind, *(plan_text.size(each["parts"][kind]).replace(" ", "\u202f") for each in units)] for kind in kinds
