@@ -237,6 +237,10 @@ def test_what_speaks_against_the_jobs(kind, step_s, values, words, recipe_words,
     arguments = [*recipe_words(units_per_step=8), "--cluster", profile(**values), "--like", tmp_path / "other"]
     found = json.loads(said(*arguments, "--json"))
     assert words in {each["kind"]: each["text"] for each in found["training"]["warnings"]}[kind]
+    text = said(*arguments)
+    assert re.search(
+        r"^jobs +none would come to train" if kind == "no_time_to_train" else r"^jobs +\d+ job", text, re.M
+    )
 
 
 def test_the_gpu_of_a_profile_has_at_least_the_memory_that_it_asks_for(profile):
