@@ -27,8 +27,6 @@ def cost(found: Forecast, place: Place) -> dict[str, Any]:
 def cost_of_jobs(found: Forecast, place: Place, cluster: Cluster) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The same in jobs of a cluster, their starts counted; and what speaks against such jobs."""
     values = {**cost(found, place), "node_hours": None, "slices": None, "start_s": START_S}
-    if place.on_gpu:
-        values["kind"] = "GPU-hours"
     total_s, limit_s, lead_s = values["total_s"], 60.0 * cluster.time, float(cluster.signal_lead_s)
     if total_s is None:
         return values, []
