@@ -36,7 +36,9 @@ VERBS = {
     ),
     "train": Verb("launch.local:main", "train on this machine; the same command again goes on where it stopped"),
     "submit": Verb("launch.jobs.submit:main", "train on a Slurm cluster; the same command again says which job does"),
-    "plan": Verb("launch.plan:main", "what a job would be, cost, and when it would start; touches nothing"),
+    "plan": Verb(
+        "launch.plan:main", "what a training, and its job, would be: steps, memory, time, cost; touches nothing"
+    ),
     "doctor": Verb("launch.doctor:main", "what a Slurm cluster can do, and what that means for runs there"),
     "retry": Verb("launch.jobs.submit:retry", "another job for a run that failed, as it was submitted"),
     "sweep": Verb("launch.jobs.sweep:main", "a run for every combination of values, listed with their best WER"),

@@ -27,8 +27,6 @@ def cost(found: Forecast, place: Place) -> dict[str, Any]:
 def cost_of_jobs(found: Forecast, place: Place, cluster: Cluster) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The same in jobs of a cluster, their starts counted; and what speaks against such jobs."""
     values = {**cost(found, place), "node_hours": None, "slices": None, "start_s": START_S}
-    if place.on_gpu:
-        values["kind"] = "GPU-hours"
     total_s, limit_s, lead_s = values["total_s"], 60.0 * cluster.time, float(cluster.signal_lead_s)
     if total_s is None:
         return values, []
@@ -38,7 +36,7 @@ def cost_of_jobs(found: Forecast, place: Place, cluster: Cluster) -> tuple[dict[
             f"a job of {cluster.time} minutes, warned {lead_s:.0f} s before its end, has no time to train after "
             f"{START_S:.0f} s of start: set a longer cluster.time, or a shorter cluster.signal_lead_s"
         )
-        return {**values, "hours": None}, [asdict(ForecastWarning("no_time_to_train", text))]
+        return values, [asdict(ForecastWarning("no_time_to_train", text))]
     wall_s = total_s + slices * START_S
     gpus = cluster.nodes * cluster.gpus_per_node if place.on_gpu else place.world_size
     values |= {

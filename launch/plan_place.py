@@ -47,10 +47,8 @@ def here(processes: int | None, accelerate: str | None, gpu: str | None) -> Plac
     """
     gpus = usable_gpus()
     world_size = processes or max(1, gpus)
-    on_gpu = gpu is not None or gpus > 0
-    config = accelerate or ("cpu" if not on_gpu else "one_gpu" if world_size == 1 else "ddp")
-    strategy, takes_gpus = strategy_of(config, world_size)
-    on_gpu = on_gpu and takes_gpus
+    fitting = "cpu" if gpu is None and gpus == 0 else "one_gpu" if world_size == 1 else "ddp"
+    strategy, on_gpu = strategy_of(accelerate or fitting, world_size)
     name = devices.gpu_name() if on_gpu and gpu is None else None
     known = gpu_named(gpu) if gpu is not None else find_gpu(name) if name is not None else None
     return Place(world_size=world_size, strategy=strategy, on_gpu=on_gpu, gpu=known if on_gpu else None, environment={})

@@ -186,14 +186,14 @@ def _time(found: Mapping[str, Any]) -> str:
     nodes = "" if cost.get("node_hours") is None else f", {number(cost['node_hours'])} node-hours"
     return (
         f"{seconds(chosen['step_s'])} a step, {duration(chosen['total_s'])} in all; "
-        f"{number(cost['hours'])} {cost['kind']}{nodes}"
+        f"{number(cost['hours'])} {cost['kind']}{nodes}{', starts of jobs among them' if cost.get('slices') else ''}"
     )
 
 
 def _jobs(found: Mapping[str, Any]) -> str:
     cost = found["cost"]
     if cost["slices"] is None:
-        return "not known" if cost["hours"] is None else "none would come to train: see the warning"
+        return "not known" if cost["total_s"] is None else "none would come to train: see the warning"
     after = "" if cost["slices"] == 1 else ", one after the other"
     return (
         f"{count(cost['slices'], 'job')} of {found['time_min']} minutes{after}, less {found['signal_lead_s']} s of "

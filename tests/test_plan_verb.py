@@ -90,7 +90,7 @@ def test_steps_padding_and_checkpoints_are_those_of_the_run_that_then_happens(
     monkeypatch.setattr(RunDir, "log", count)
     assert train(tiny_recipe(run_dir=str(tmp_path / "run"), **changes)) == 0
     run = RunDir(tmp_path / "run")
-    first = read_jsonl(run.metrics)[0]
+    first = next(iter(read_jsonl(run.metrics)))
     assert (planned["epoch"]["num_steps"], planned["max_steps"]) == (first["steps_per_epoch"], first["max_steps"])
     steps = [line for line in read_metrics(run) if "padded_audio_s" in line]
     assert len(steps) == planned["max_steps"]
@@ -104,9 +104,6 @@ def test_steps_padding_and_checkpoints_are_those_of_the_run_that_then_happens(
     forecast = planned["checkpoints"]
     assert forecast["num_saves"] <= len(saved) <= forecast["num_saves"] + forecast["num_best"]
     assert max(most[0], len(list(run.checkpoints.glob("step-*")))) <= forecast["most_kept"] + 1
-    newest = max(run.checkpoints.glob("step-*"))
-    on_disk = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    assert forecast["each_bytes"] < on_disk < forecast["each_bytes"] + 200_000  # names and tables of a tiny model
 
 
 def test_a_program_reads_every_figure(recipe_words, said):
@@ -139,7 +136,7 @@ def test_a_person_reads_it_at_the_width_of_a_terminal(width, recipe_words, said,
         r"^speech +40 utterances, 1\.\d minutes; 0\.5 to 3\.0 s", r"^epoch +1 step of 8 units, \d+ units in",
         r"^processes +3 \(ddp\), fp32: of their", r"^memory +\d.* of V100-16GB's 16 GB", r"^time ", r"^\*  +3 ",
         r"^checkpoints +\d+ kB each; 1 save; at most 1 kept", r"^warning +3 processes do not divide",
-        r"16 to 512\s+processes", r"three\s+quarters",
+        r"16\s+to\s+512\s+processes", r"three\s+quarters",
     ):  # fmt: skip
         assert re.search(words, text, re.MULTILINE), words
 
@@ -241,6 +238,10 @@ def test_what_speaks_against_the_jobs(kind, step_s, values, words, recipe_words,
     arguments = [*recipe_words(units_per_step=8), "--cluster", profile(**values), "--like", tmp_path / "other"]
     found = json.loads(said(*arguments, "--json"))
     assert words in {each["kind"]: each["text"] for each in found["training"]["warnings"]}[kind]
+    text = said(*arguments)
+    assert re.search(
+        r"^jobs +none would come to train" if kind == "no_time_to_train" else r"^jobs +\d+ job", text, re.M
+    )
 
 
 def test_the_gpu_of_a_profile_has_at_least_the_memory_that_it_asks_for(profile):

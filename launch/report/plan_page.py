@@ -113,7 +113,7 @@ def ranks_chart(found: Mapping[str, Any]) -> Chart:
 
 def memory_chart(units: Sequence[Mapping[str, Any]]) -> Chart:
     """What the memory of one process goes to, with gradient checkpointing and without."""
-    names = [f"{'with' if each['gradient_checkpointing'] else 'without'} checkpointing" for each in units]
+    names = ["with" if each["gradient_checkpointing"] else "without" for each in units]
     kinds = ("parameters", "gradients", "optimizer", "saved", "recomputed", "working")
     patterns = ("", "/", "x", "", ".", "-")
     data = [
@@ -129,8 +129,9 @@ def memory_chart(units: Sequence[Mapping[str, Any]]) -> Chart:
     layout = bar_layout("GB", "", barmode="stack", showlegend=True)
     layout["yaxis"] = {**layout["yaxis"], "autorange": "reversed", "type": "category"}
     return Chart(
-        key="memory", title="Memory of one process, largest unit", data=data, layout=layout, height=240, is_open=True,
-        alt=f"Predicted peak memory of one process: {totals}.",
+        key="memory", title="Memory of one process, with and without gradient checkpointing", data=data, height=240,
+        layout=layout, is_open=True,
+        alt=f"Predicted peak memory of one process for the largest unit, by gradient checkpointing: {totals}.",
         table=Table(("part", *names), [
             [kind, *(plan_text.size(each["parts"][kind]).replace(" ", "\u202f") for each in units)] for kind in kinds
         ], totals=[["in all", *(plan_text.size(each["total_bytes"]).replace(" ", "\u202f") for each in units)]]),
