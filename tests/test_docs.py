@@ -218,9 +218,8 @@ def test_every_wavefleet_command_is_one():
         if verb in ("submit", "plan"):
             options = {"submit": submit, "plan": plan}[verb]._parser().parse_intermixed_args(rest)
             overrides, changes = submit.split_overrides(options)
-            found = load_recipe(options.recipe, overrides)
             if verb == "submit" or options.cluster is not None:
-                submit.check_size(found, load_cluster(options.cluster, changes))
+                submit.check_size(load_recipe(options.recipe, overrides), load_cluster(options.cluster, changes))
 
 
 def test_every_accelerate_command_names_a_config_and_a_recipe():
