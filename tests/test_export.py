@@ -67,7 +67,16 @@ def test_transformers_loads_the_weights_of_the_checkpoint(run, exported):
 def test_the_command_says_where_the_model_is_and_nothing_else(run, tmp_path):
     """DeepSpeed is installed here; transformers loads it, and it tells what it guesses of the machine."""
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
-    command = [sys.executable, "-m", "asr_train.export", str(run.path), "--out", str(tmp_path / "model")]
+    command = [
+        sys.executable,
+        "-m",
+        "asr_train.export",
+        str(run.path),
+        "--out",
+        str(tmp_path / "model"),
+        "--checkpoint",
+        "newest",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == f"{tmp_path / 'model'}: the model of step 6, loaded again and equal\n"
     assert done.stderr == ""
