@@ -99,18 +99,7 @@ def make_speech(
     from asr_train.prepare import prepare  # noqa: PLC0415 - imports transformers, which takes seconds
 
     place = folder / name.replace(" ", "-")
-    place.mkdir()
-    manifest = place / "manifest.jsonl"
-    with manifest.open("w", encoding="utf-8") as lines:
-        for number, (samples, rate, text) in enumerate(islice(clips, most)):
-            soundfile.write(place / f"{number:05d}.wav", samples, rate)
-            lines.write(json.dumps({"audio_filepath": f"{number:05d}.wav", "text": text, "id": str(number)}) + "\n")
-    listed = {"kind": "jsonl", "path": str(manifest)}
-    source = {
-        "name": place.name,
-        "max_steps": 1_000_000,
-        "data": {"train": listed, "corpus_root": str(place), "num_proc": 1, "max_rejected_percent": 100.0},
-    }
+    source = {"name": place.name, "max_steps": 1_000_000, "data": write_clips(place, clips, most)}
     nested, flat, model = place / "nested.arrow", place / "flat.arrow", place / "model"
     recipe = decode_recipe({**source, **recipe_values(size)})
     corpus = prepare(recipe, progress=False)
@@ -123,6 +112,18 @@ def make_speech(
     train = Corpus.open(corpus.path).train
     audio_s = float(train.num_samples.sum()) / SAMPLE_RATE
     return Speech(name, source, model, nested, flat, copies, audio_s, len(train))
+
+
+def write_clips(place: Path, clips: Iterator[Clip], most: int) -> dict[str, Any]:
+    """Write recordings and their manifest into a new folder; the data of a recipe that trains on them."""
+    place.mkdir()
+    manifest = place / "manifest.jsonl"
+    with manifest.open("w", encoding="utf-8") as lines:
+        for number, (samples, rate, text) in enumerate(islice(clips, most)):
+            soundfile.write(place / f"{number:05d}.wav", samples, rate)
+            lines.write(json.dumps({"audio_filepath": f"{number:05d}.wav", "text": text, "id": str(number)}) + "\n")
+    listed = {"kind": "jsonl", "path": str(manifest)}
+    return {"train": listed, "corpus_root": str(place), "num_proc": 1, "max_rejected_percent": 100.0}
 
 
 def _map(corpus: Corpus, nested: Path, flat: Path) -> None:
