@@ -1,5 +1,6 @@
 """Where curves go besides metrics.jsonl: accelerate's trackers, so that those of a resumed run go on."""
 
+import importlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +25,22 @@ def tracker_names(recipe: Recipe) -> list[str]:
     """
     available = {str(name) for name in get_available_trackers()}
     if recipe.log.trackers is None:
-        return [_DEFAULT] if _DEFAULT in available else []
+        return [_DEFAULT] if _DEFAULT in available and _is_whole("torch.utils.tensorboard") else []
     for tracker in set(recipe.log.trackers) & set(LIBRARIES):
         need(tracker, f"log.trackers: {tracker}")
     if unknown := sorted(set(recipe.log.trackers) - available):
         known = ", ".join(sorted(available))
         raise RecipeError(f"log.trackers: {', '.join(unknown)}: not installed, or unknown to accelerate; here: {known}")
     return list(recipe.log.trackers)
+
+
+def _is_whole(module: str) -> bool:
+    """Whether it can be imported; what nobody asked for by name may be broken, and ends no training."""
+    try:
+        importlib.import_module(module)
+    except Exception:
+        return False
+    return True
 
 
 def open_trackers(accelerator: Accelerator, recipe: Recipe, run: RunDir, step: int) -> None:

@@ -54,6 +54,13 @@ def test_tensorboard_is_the_default_where_it_is_installed(installed, tiny_recipe
     assert (dump_recipe(default), recipe_hash(default)) == with_it
 
 
+def test_a_broken_tensorboard_that_nobody_asked_for_ends_nothing(installed, tiny_recipe, monkeypatch):
+    installed("tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an import of it fails
+    assert tracker_names(tracking_with(tiny_recipe(), None)) == []
+    assert tracker_names(tracking_with(tiny_recipe(), ("tensorboard",))) == ["tensorboard"]
+
+
 def test_a_tracker_that_was_asked_for_and_is_not_there_is_refused_with_the_remedy(installed, tiny_recipe):
     installed("tensorboard")
     with pytest.raises(RecipeError, match=r"log\.trackers: tensorbord: not installed.*here: tensorboard"):
