@@ -140,7 +140,11 @@ class TrainingLog:
         if job.parallel.world_size > 1:
             dist.all_gather_into_tensor(gathered, values)
         ranks: list[dict[str, Any]] = [
-            {"rank": rank, "host": self._hosts[rank], **dict(zip(names, row, strict=True))}
+            {
+                "rank": rank,
+                "host": self._hosts[rank],
+                **{name: round(value, 4) for name, value in zip(names, row, strict=True)},
+            }
             for rank, row in enumerate(gathered.view(-1, len(values)).tolist())
         ]
         for entry, score in zip(ranks, stragglers(ranks), strict=True):
