@@ -59,7 +59,9 @@ def _after_prepare(ended: Ended) -> Iterator[Step]:
     if ended.exit_code == EXIT_DONE:
         # a job array's arguments are recipe, overrides and options; `train` takes the same recipe
         overrides = [word for word in ended.options.overrides if not word.startswith("cluster.")]
-        yield Step(f"wavefleet train {_words(ended.options.recipe, *overrides)}", "train on this machine")
+        words = _words(ended.options.recipe, *overrides)
+        yield Step(f"wavefleet plan {words}", "its steps, memory and time, before it is started")
+        yield Step(f"wavefleet train {words}", "train on this machine")
 
 
 def _after_train(ended: Ended) -> Iterator[Step]:
@@ -132,7 +134,12 @@ def _after_status(ended: Ended) -> Iterator[Step]:
 
 
 def _after_why(ended: Ended) -> Iterator[Step]:
-    yield Step(f"wavefleet logs {_quoted(ended.options.run)} --first-error", "the log around the first error")
+    run = _quoted(ended.options.run)
+    with suppress(WavefleetError):
+        if open_run(ended.options.run).done.exists():
+            yield Step(f"wavefleet report {run}", "a page of what it did, which opens offline")
+            return
+    yield Step(f"wavefleet logs {run} --first-error", "the log around the first error")
 
 
 def _after_report(ended: Ended) -> Iterator[Step]:

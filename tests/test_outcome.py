@@ -33,6 +33,11 @@ def test_no_rank_is_missed_where_none_was_started():
     assert [line.text for line in found.evidence] == ["3 of 4 GPUs answer"]
 
 
+def test_no_rank_is_missed_at_a_start_of_a_run_that_is_done():
+    """`wavefleet train` once more starts a process that says so, and makes no attempt."""
+    assert judge(evidence({}, is_done=True)).evidence == ()
+
+
 def lost_nodes(**more):
     """Slurm ended a job for a node's failure, and all its agents with it."""
     silent = {host: NodeReport(reported=False, ranks=ranks) for host, ranks in (("n1", (0, 1)), ("n2", (2, 3)))}

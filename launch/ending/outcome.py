@@ -232,7 +232,7 @@ def _lines_of_silence(attempt: Attempt) -> Iterator[Line]:
             yield Line(text=f"stacks of all ranks at that moment: {hang.stacks}/rank-*.txt in the run directory")
     for host in attempt.mute_hosts:
         yield Line(text="the node's agent said nothing at its end", host=host)
-    if attempt.mute_ranks:
+    if attempt.mute_ranks and not evidence.is_done:  # a start of a run that is done has nothing to say
         yield Line(text=f"no word from {named('rank', attempt.mute_ranks)}")
     for rank, number in killed_ranks(attempt):
         yield Line(text=f"killed by {signal_name(number)}", rank=rank, host=host_of(evidence, rank))
