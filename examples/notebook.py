@@ -40,6 +40,8 @@ print(f"{len(waveform) / 16_000:.1f} s")
 planned = wavefleet.plan(recipe, changes)
 print(f"{planned.max_steps} steps, {planned.steps_per_epoch} an epoch, {planned.num_epochs:.1f} epochs")
 print(f"{planned.epoch.padded_share:.1%} of the audio in its batches is padding")
+for warning in planned.warnings:
+    print(warning)
 
 # %% [markdown]
 # ## Training

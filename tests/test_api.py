@@ -18,6 +18,7 @@ from asr_train import verbosity
 from asr_train.recipe import dump_recipe, to_values
 from asr_train.run_dir import RunDir
 from asr_train.score import SetScore
+from launch import cli
 from wavefleet import training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +131,21 @@ def cells(file):
     """Sources of the code cells of a script in percent format, each with its title line."""
     parts = re.split(r"^(# %%.*)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     return [(title, text) for title, text in zip(parts[::2], parts[1::2], strict=True) if "[markdown]" not in title]
+
+
+def test_a_plan_is_that_of_the_verb(tiny_recipe, tmp_path, capsys):
+    changes = {"run_dir": str(tmp_path / "run"), "units_per_step": 2}
+    found = wavefleet.plan(tiny_recipe(), changes, processes=2, gpu="A100-80GB")
+    assert (found.forecast.world_size, found.forecast.gpu) == (2, "A100-80GB")
+    assert capsys.readouterr() == ("", "")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(tiny_recipe(**changes)))
+    assert cli.main(["plan", str(file), "--processes", "2", "--gpu", "A100-80GB", "--json", "-q"]) == 0
+    said = json.loads(capsys.readouterr().out)["training"]
+    ours = json.loads(json.dumps(found.forecast.to_json()))
+    assert ours == {key: said[key] for key in ours}
+    assert list(found.warnings) == [warning["text"] for warning in said["warnings"]]
+    assert found.forecast.max_steps == found.max_steps == 4
 
 
 def test_the_example_notebook_runs_from_its_first_cell_to_its_last(tiny_recipe, tmp_path, capfd, monkeypatch):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         WavefleetError,
     )
     from asr_train.export import Exported
+    from asr_train.forecast import Forecast
     from asr_train.recipe import load_recipe
     from asr_train.score import SetScore
     from asr_train.transcribe import BadFile, Transcript
@@ -53,6 +54,7 @@ _HOMES = {
         "CheckpointError", "CorpusError", "ModelError", "RecipeError", "RunError", "TrainingError", "WavefleetError",
     ),
     "asr_train.export": ("Exported",),
+    "asr_train.forecast": ("Forecast",),
     "asr_train.score": ("SetScore",),
     "asr_train.transcribe": ("BadFile", "Transcript"),
 }  # fmt: skip
@@ -64,6 +66,7 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "Exported",
+    "Forecast",
     "ModelError",
     "PlanStatistics",
     "Planned",

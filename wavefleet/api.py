@@ -57,29 +57,40 @@ def prepare(recipe: AnyRecipe, overrides: Overrides = (), *, verbose: bool = Fal
     return Prepared(path=corpus.path, sets=sets, vocabulary=corpus.vocabulary.tokens, corpus=corpus)
 
 
-def plan(recipe: AnyRecipe, overrides: Overrides = (), *, verbose: bool = False) -> Planned:
-    """What a training would be: its steps, and the padding in them. Prepares the corpus if that is not done.
+def plan(
+    recipe: AnyRecipe,
+    overrides: Overrides = (),
+    *,
+    processes: int | None = None,
+    gpu: str | None = None,
+    verbose: bool = False,
+) -> Planned:
+    """What a training would be: steps, padding, balance, memory, time. Prepares the corpus if that is not done.
 
     Args:
         recipe: what would be trained.
         overrides: changes to it.
+        processes: as many as `train` would start on this machine, when None.
+        gpu: a GPU's name, `A100-80GB` say, that memory and time are for; this machine's when None.
         verbose: show notes and progress.
 
     Raises:
-        WavefleetError: as `prepare`.
+        WavefleetError: as `prepare`; or no such GPU is known.
     """
     from asr_train.prepare import prepare as run  # noqa: PLC0415
-    from asr_train.train import plan_of  # noqa: PLC0415
+    from launch import plan_place, plan_training  # noqa: PLC0415
 
     resolved = load_recipe(recipe, overrides)
     with _shown(verbose):
-        made = plan_of(resolved, run(resolved, progress=verbose))
-    max_steps = resolved.max_steps or (resolved.max_epochs or 0) * made.steps_per_epoch
+        run(resolved, progress=verbose)
+        found = plan_training.plan_training(resolved, plan_place.here(processes, None, gpu), resolved.name)
     return Planned(
-        steps_per_epoch=made.steps_per_epoch,
-        max_steps=max_steps,
-        num_epochs=max_steps / made.steps_per_epoch,
-        epoch=made.statistics(),
+        steps_per_epoch=found.forecast.epoch.num_steps,
+        max_steps=found.forecast.max_steps,
+        num_epochs=found.forecast.num_epochs,
+        epoch=found.forecast.epoch,
+        forecast=found.forecast,
+        warnings=tuple(warning.text for warning in found.warnings),
     )
 
 

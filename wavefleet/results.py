@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from asr_train.data.corpus import Corpus
     from asr_train.data.plan import PlanStatistics
+    from asr_train.forecast import Forecast
     from asr_train.transcribe import BadFile, Transcript
 
 
@@ -52,12 +53,16 @@ class Planned:
         max_steps: updates of the whole training.
         num_epochs: passes that these make.
         epoch: what an epoch consists of: units, audio, padding, shapes.
+        forecast: all of it: for 1 to 512 processes, memory in parts, time at a pace, checkpoints.
+        warnings: what speaks against it, in sentences.
     """
 
     steps_per_epoch: int
     max_steps: int
     num_epochs: float
     epoch: "PlanStatistics"
+    forecast: "Forecast"
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
