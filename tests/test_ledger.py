@@ -8,6 +8,7 @@ from ranks import run_ranks
 from small_run import recipe  # noqa: F401  a fixture
 
 from asr_train import ledger as module
+from asr_train import training_log
 from asr_train.files import read_jsonl
 from asr_train.ledger import PARTS, Ledger, stragglers
 from asr_train.run_dir import RunDir
@@ -81,6 +82,19 @@ def test_a_straggler_is_who_works_longer_on_the_same():
 
 def ledgers(run):
     return [line for line in read_jsonl(run.metrics) if line.get("event") == "ledger"]
+
+
+def test_of_many_ranks_a_line_is_written_now_and_then_and_where_something_else_took_time(recipe, monkeypatch):  # noqa: F811
+    """Two that count as many here; the ledger's sums go on all the same."""
+    monkeypatch.setattr(training_log, "_FEW_RANKS", -1000)
+    many = recipe("many", max_steps=6, log__every=1, eval__every="4")
+    assert run_ranks(2, train, many) == [0, 0]
+    lines = ledgers(RunDir(Path(many.run_dir)))
+    assert [line["step"] for line in lines] == [0, 4, 6]
+    assert all(
+        sum(rank[f"{part}_s"] for part in PARTS) == pytest.approx(rank["wall_s"], rel=0.01)
+        for line in lines for rank in line["ranks"]
+    )  # fmt: skip
 
 
 def test_every_ranks_parts_add_up_to_its_life_and_a_slow_rank_is_waited_for(recipe):  # noqa: F811
