@@ -50,7 +50,7 @@ def seed_of(tiny_recipe, tmp_path_factory):
     def recipe(name, **settings):
         return tiny_recipe(
             run_dir=str(folder / name), max_steps=NUM_STEPS, unit_audio_s=3, units_per_step=2, num_workers=0,
-            model=MODEL, log={"every": 1}, eval={"sets": {}, "every": None},
+            model=MODEL, log={"every": 1, "trackers": ()}, eval={"sets": {}, "every": None},
             checkpoint={"every": str(EVERY), "keep_last": 1, "keep_best": 0, **settings},
         )  # fmt: skip
 

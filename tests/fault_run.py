@@ -14,7 +14,12 @@ from asr_train.run_dir import RunDir, read_metrics
 
 STEPS = 4
 WORK = ("checkpoints", "metrics.jsonl", "evaluations")  # what a run must never lose
-RUN = {"max_steps": STEPS, "num_workers": 0, "checkpoint": {"every": "1", "keep_last": 9}, "log": {"every": 1}}
+RUN = {
+    "max_steps": STEPS,
+    "num_workers": 0,
+    "checkpoint": {"every": "1", "keep_last": 9},
+    "log": {"every": 1, "trackers": []},
+}
 
 
 @pytest.fixture(scope="module")

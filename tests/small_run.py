@@ -50,7 +50,7 @@ def recipe(tiny_recipe, tmp_path):
             "model": MODEL,
             "spec_augment": MASKS,
             "optim.lr": 2e-3,
-            "log": {"every": 1, "trained_ids": True},
+            "log": {"every": 1, "trained_ids": True, "trackers": []},
         }
         return tiny_recipe(**{key.replace("__", "."): value for key, value in {**values, **changes}.items()})
 

@@ -123,13 +123,17 @@ class Survivor:
 
     @contextmanager
     def paused(self):
-        """Nothing is trained meanwhile: as many ranks as there are agents stand still."""
+        """Nothing is trained meanwhile: as many ranks as there are agents stand still.
+
+        Slurm sends SIGCONT before its warning, so that they may go on, save and be gone before this is over.
+        """
         ranks = [self.rank(number) for number in self.agents()]
         for process in ranks:
             process.suspend()
         yield
         for process in ranks:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def is_asked_to_stop(self):
         """Whether its ranks will find the request, once they look."""
@@ -196,7 +200,7 @@ def recipe(tiny_recipe, tiny_corpus):
             "num_workers": 0,
             "optim.schedule": "constant",
             "checkpoint": {"every": "1", "asynchronous": False},
-            "log": {"every": 1, "trained_ids": True},
+            "log": {"every": 1, "trained_ids": True, "trackers": []},
         }
         return tiny_recipe(**{**values, **changes})
 

@@ -37,7 +37,7 @@ def recipe(tiny_recipe, tmp_path):
             "model.layerdrop": 0.2,
             "spec_augment": {"time_prob": 0.3, "time_length": 3},
             "optim.lr": 2e-3,
-            "log": {"every": 1, "trained_ids": True},
+            "log": {"every": 1, "trained_ids": True, "trackers": []},
         }
         return tiny_recipe(**{**values, **dict(changes)})
 
