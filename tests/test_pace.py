@@ -169,6 +169,7 @@ def test_a_trial_counts_its_steps_and_leaves_nothing_behind(tiny_recipe, tiny_co
         max_steps=3,
         **{"log.trackers": ["tensorboard"], "log.prometheus": "figures.prom", "eval.every": 1, "checkpoint.every": 1},
     )
+    before = psutil.Process().children()  # of other tests: multiprocessing's tracker, say
     found = measured(recipe, processes=2)
     told = re.fullmatch(r"measured in a trial on this machine, (\d+) steps: 2 processes, ddp, cpu", found.source)
     assert int(told[1]) >= 20  # some more were made before it was seen that they are enough
@@ -176,7 +177,7 @@ def test_a_trial_counts_its_steps_and_leaves_nothing_behind(tiny_recipe, tiny_co
     assert found.step_s > 0
     assert list(tmp_path.iterdir()) == []
     assert sorted(path for path in tiny_corpus.path.rglob("*")) == corpus
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(before)
     printed = capfd.readouterr()
     assert printed.out == ""
     assert "measuring: 25 of 25 steps" in printed.err

@@ -254,11 +254,6 @@ def test_python_is_that_of_the_container(planned, monkeypatch):
     assert found["commands"][0]["argv"][0] == "/opt/py/bin/python"
 
 
-def test_a_plan_without_a_cluster_is_not_there_yet(recipe):
-    with pytest.raises(RecipeError, match="--cluster is needed"):
-        plan.main(recipe)
-
-
 def test_what_submit_refuses_is_refused(recipe, profile):
     with pytest.raises(RecipeError, match="keeps 8 of 9 processes busy: ask for fewer with --nodes or cluster"):
         plan.main([*recipe, "--cluster", profile(), "--nodes", "9"])
