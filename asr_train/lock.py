@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -90,7 +91,7 @@ class HeartbeatLock:
             os.rename(self.path, grave)
         except FileNotFoundError:
             return
-        if _alive(grave):  # it was replaced between our look and our rename: give it back
+        if _alive(grave, _read(grave)):  # it was replaced between our look and our rename: give it back
             os.rename(grave, self.path)
         else:
             grave.unlink()
@@ -110,7 +111,8 @@ class HeartbeatLock:
 
 def holder(path: Path) -> dict[str, Any] | None:
     """Who holds the lock now (host, pid, since), or None when nobody alive does."""
-    return _read(path) if _alive(path) else None
+    content = _read(path)  # once: it may be gone the next moment
+    return content if _alive(path, content) else None
 
 
 def _pid_space() -> str:
@@ -129,8 +131,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _alive(path: Path) -> bool:
-    content = _read(path)
+def _alive(path: Path, content: Mapping[str, Any]) -> bool:
+    """Whether the holder that a lock's file names is alive."""
     if not content:
         return False
     if content["host"] == socket.gethostname() and content.get("pid_space") == _pid_space():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from asr_train import lock as lock_module
@@ -78,3 +79,18 @@ def test_many_that_try_to_take_over_a_dead_lock_end_with_one_holder(tmp_path):
         child.stdin.close()
         child.wait()
     assert sorted(said) == ["held"] + ["refused"] * 5
+
+
+def test_a_holder_that_lets_go_while_it_is_looked_at_is_named_or_nobody(tmp_path, monkeypatch):
+    """Never somebody without a name, for whom another would wait and say so."""
+    path = tmp_path / "lock.json"
+    create_time = psutil.Process.create_time
+
+    def gone_meanwhile(process):
+        path.unlink(missing_ok=True)
+        return create_time(process)
+
+    with HeartbeatLock(path):
+        monkeypatch.setattr(psutil.Process, "create_time", gone_meanwhile)
+        assert holder(path)["pid"] == os.getpid()
+        assert holder(path) is None
