@@ -244,6 +244,10 @@ def is_for_a_cluster(block):
     return "--cluster" in block.text
 
 
+def has_run(machine, wants_ranks):
+    return any((path / "logs").is_dir() or not wants_ranks for path in machine.glob("runs/minds14-*"))
+
+
 seen: Counter[str] = Counter()
 
 
@@ -254,10 +258,13 @@ def test_commands_for_one_machine(machine, data, corpora, block):
     for command in commands(block):
         if command.not_run is None and not seen[command.text]:  # the same command on another page is the same
             seen[command.text] += 1
-            if "runs/minds14-" in command.text and not list(
-                machine.glob("runs/minds14-*")
-            ):  # this page alone is tested
-                ranks = " --processes 2" if "--rank" in block.text else ""
+            wants_ranks = "--rank" in block.text  # one process has no logs of ranks
+            if "runs/minds14-" in command.text and not has_run(
+                machine, wants_ranks
+            ):  # as on its own, or of one process
+                for path in machine.glob("runs/minds14-*"):
+                    shutil.rmtree(path)
+                ranks = " --processes 2" if wants_ranks else ""
                 run(machine, Command(f"wavefleet train minds14{ranks}", None))
             if "--processes" in command.words or command.words[0] == "accelerate":  # from its beginning, not "done"
                 for path in machine.glob("runs/minds14-*"):

@@ -42,6 +42,7 @@ def without(monkeypatch):
 def test_zero_without_deepspeed(without, monkeypatch, tiny_recipe):
     monkeypatch.setattr(devices, "num_gpus", lambda: 2)
     monkeypatch.setattr(devices, "torch_is_cpu_build", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)  # a training in this process has set it
     recipe = tiny_recipe()
     assert placement.place(recipe, accelerate="zero2", processes=2).num_processes == 2
     without("deepspeed")
