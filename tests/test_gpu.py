@@ -16,6 +16,7 @@ from asr_train.ledger import PARTS
 from asr_train.loss import ctc_losses
 from asr_train.peer_wait import PeerWait
 from asr_train.run_dir import RunDir, read_metrics
+from launch import cli
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,3 +123,27 @@ def test_the_ledger_of_a_gpu_adds_up(tiny_corpus, tiny_recipe_file, tmp_path):
         assert sum(rank[f"{part}_s"] for part in PARTS) == pytest.approx(rank["wall_s"], rel=0.01)
         assert rank["compute_s"] > 0
         assert rank["memory_bytes"] > 0
+
+
+WIDE = {
+    "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072,
+    "conv_dim": [512] * 7, "num_conv_pos_embeddings": 128, "num_conv_pos_embedding_groups": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_memory_that_a_plan_says_is_what_the_device_needs(
+    tiny_corpus, tiny_recipe_file, tmp_path, capsys, precision, checkpointing
+):
+    """A model and units large enough for what libraries take besides to be a small part."""
+    changes = {f"model.config.{key}": value for key, value in WIDE.items()}
+    changes |= {"model.gradient_checkpointing": checkpointing, "precision": precision, "log.every": 1}
+    recipe_file = tiny_recipe_file(max_steps=4, unit_audio_s=30, units_per_step=1, **changes)
+    assert cli.main(["plan", str(recipe_file), "--processes", "1", "--gpu", "H200", "--json", "-q"]) == 0
+    planned = json.loads(capsys.readouterr().out)["training"]["memory"][0]
+    assert planned["gradient_checkpointing"] == checkpointing
+    run = RunDir(tmp_path / "run")
+    launch(recipe_file, "one_gpu", f"run_dir={run.path}")
+    measured = max(line["memory_bytes"] for line in read_metrics(run) if "loss" in line)
+    assert planned["total_bytes"] == pytest.approx(measured, rel=0.15)
