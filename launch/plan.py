@@ -82,7 +82,7 @@ def _training(recipe: Recipe, options: argparse.Namespace, cluster: Cluster | No
         place = plan_place.here(options.processes, options.accelerate, options.gpu)
     else:
         place = plan_place.on(cluster, options.gpu)
-    planned = plan_training.plan_training(recipe, place, words, _measured_pace(options))
+    planned = plan_training.plan_training(recipe, place, words, _measured_pace(recipe, options))
     values = planned.to_json()
     if cluster is None:
         return {"training": values, "cost": plan_cost.cost(planned.forecast, place)}
@@ -90,8 +90,8 @@ def _training(recipe: Recipe, options: argparse.Namespace, cluster: Cluster | No
     return {"training": {**values, "warnings": values["warnings"] + warnings}, "cost": cost}
 
 
-def _measured_pace(options: argparse.Namespace) -> Callable[[Recipe], Pace] | None:
-    """Where a measured pace is from, if one was asked for: a run, or 20 steps on this machine."""
+def _measured_pace(recipe: Recipe, options: argparse.Namespace) -> Callable[[Recipe], Pace | None]:
+    """Where a measured pace is from: a run that was named, 20 steps here, or this very run, as far as it is."""
     if options.like is not None:
         run = open_run(options.like)
 
@@ -106,7 +106,8 @@ def _measured_pace(options: argparse.Namespace) -> Callable[[Recipe], Pace] | No
 
         # with a cluster's profile too: a process of this machine says what one there would take, if it is like this
         return lambda recipe: measured(recipe, accelerate=options.accelerate, processes=options.processes)
-    return None
+    own = RunDir(run_directory(recipe))
+    return lambda _: pace.of_run(own) if options.gpu is None and own.metrics.exists() else None
 
 
 def _training_of_job(recipe: Recipe, options: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:

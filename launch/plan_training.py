@@ -67,7 +67,7 @@ class Planned:
 
 
 def plan_training(
-    recipe: Recipe, place: Place, words: str, measured: Callable[[Recipe], Pace] | None = None
+    recipe: Recipe, place: Place, words: str, measured: Callable[[Recipe], Pace | None] = lambda _: None
 ) -> Planned:
     """What a training of this recipe would be, there.
 
@@ -75,7 +75,8 @@ def plan_training(
         recipe: what is trained.
         place: what it runs on.
         words: the recipe's words on a command line, for messages.
-        measured: finds the pace, given a recipe with a number for `unit_audio_s`; None assumes one of the GPU.
+        measured: finds the pace, given a recipe with a number for `unit_audio_s`; where it gives None, one of the GPU
+            is assumed.
 
     Raises:
         CorpusError: it is not prepared.
@@ -91,9 +92,9 @@ def plan_training(
     device: Literal["cuda", "cpu"] = "cuda" if place.on_gpu else "cpu"
     settings = MemorySettings.of(recipe, device=device, strategy=place.strategy, world_size=place.world_size)
     recipe, unit_source = _with_unit(recipe, corpus, config, settings, place)
-    pace = assumed_pace(recipe, place.gpu) if place.gpu is not None else None
-    if measured is not None:
-        pace = measured(recipe)
+    pace = measured(recipe)
+    if pace is None and place.gpu is not None:
+        pace = assumed_pace(recipe, place.gpu)
     setup = Setup(world_size=place.world_size, memory=settings, gpu=place.gpu, pace=pace)
     train = corpus.train
     found = forecast(train.index, train.num_samples, recipe, config, setup, is_model_known=model_problem is None)

@@ -159,6 +159,19 @@ def test_time_is_as_a_run_was_measured(recipe_words, said, tmp_path, monkeypatch
         plan.main([*recipe_words(), "--like", str(tmp_path / "other")])
 
 
+def test_a_run_that_has_begun_gives_its_own_pace_unless_a_gpu_is_named(recipe_words, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "of_run", lambda run: PACE if run.path == tmp_path / "run" else None)
+
+    def source(*options):
+        found = json.loads(said(*recipe_words(), *options, "--json"))["training"]["pace"]
+        return found and found["source"]
+
+    assert source() is None
+    append_jsonl(tmp_path / "run" / "metrics.jsonl", {})
+    assert source() == PACE.source
+    assert source("--gpu", "H100").startswith("assumed: 30% of the peak of H100")
+
+
 def test_a_corpus_that_is_not_prepared_is_said_with_the_command(recipe_words, tmp_path, capsys):
     arguments = [*recipe_words(), f"data.corpus_root={tmp_path}"]
     with pytest.raises(CorpusError, match=r"not prepared .*: run `wavefleet prepare \S+recipe.yaml run_dir=\S+ data"):
