@@ -13,7 +13,7 @@ from asr_train.model_config import load_model_config
 from asr_train.pace import Pace
 from asr_train.run_dir import RunDir, read_metrics
 from asr_train.train import train
-from launch import cli, plan, plan_place, plan_text, plan_training
+from launch import cli, measure_pace, plan, plan_place, plan_text, plan_training
 from launch.node import devices
 from launch.site.cluster import load_cluster
 from launch.site.slurm import SlurmError
@@ -157,6 +157,15 @@ def test_time_is_as_a_run_was_measured(recipe_words, said, tmp_path, monkeypatch
     monkeypatch.setattr(pace, "of_run", lambda run: None)
     with pytest.raises(RunError, match="nothing was measured in"):
         plan.main([*recipe_words(), "--like", str(tmp_path / "other")])
+
+
+def test_the_pace_is_measured_first_as_it_would_be_trained(recipe_words, said, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure_pace, "measured", lambda recipe, **options: asked.append((recipe, options)) or PACE)
+    found = json.loads(said(*recipe_words(units_per_step=2), "--measure", "--processes", 2, "--json"))
+    [(recipe, options)] = asked
+    assert (recipe.units_per_step, options) == (2, {"accelerate": None, "processes": 2})
+    assert found["training"]["pace"]["source"] == PACE.source
 
 
 def test_a_run_that_has_begun_gives_its_own_pace_unless_a_gpu_is_named(recipe_words, said, tmp_path, monkeypatch):
