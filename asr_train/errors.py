@@ -7,8 +7,10 @@ with what the operating system refuses, an `OSError`.
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from asr_train.disk import is_full, no_room
@@ -121,10 +123,10 @@ def _run(program: Callable[[Sequence[str]], int], arguments: list[str]) -> int:
             raise
         warn(f"error: {error}")
         return error.exit_code
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        sys.stderr.close()
-        return EXIT_DONE
     except OSError as error:  # a full disk, a file in the way, a folder without permission: not ours to mend
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # `head`, say, has seen enough
+            sys.stderr.close()
+            return EXIT_DONE
         if debug:
             raise
         warn(f"error: {no_room(error) if is_full(error) else error}; --debug shows what was being done")
@@ -137,3 +139,12 @@ def _run(program: Callable[[Sequence[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         warn("interrupted")
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what this process prints is gone; other pipes that break, to a worker say, are failures."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # it is no file, or is closed
+            poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))

@@ -1,5 +1,6 @@
 """The command `wavefleet`: its verbs, what it imports, its exit codes."""
 
+import errno
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from asr_train.errors import EXIT_FAILED, run_main
 from asr_train.stop import IMPATIENT_S
 from launch import cli
 from launch.child import run_child
@@ -175,3 +177,21 @@ def test_a_killed_parent_does_not_leave_the_child_running():
     process.kill()
     assert process.stdout.read() == "saved after SIGTERM\n"
     process.communicate()
+
+
+def test_a_reader_that_has_seen_enough_ends_a_verb_without_a_word():
+    command = [sys.executable, "-c", "from launch.cli import main; import sys; sys.exit(main(['show', 'demo']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_any_other_pipe_that_breaks_is_a_failure(capsys):
+    """To a worker, say, that was killed: a training is not done by that."""
+
+    def program(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert run_main(program, []) == EXIT_FAILED
+    assert "Broken pipe" in capsys.readouterr().err
