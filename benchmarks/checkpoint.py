@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import skip_first_batches
@@ -142,7 +144,11 @@ def measure_saves(world_size: int, folder: Path, config: dict[str, Any], rounds:
     ranks = [
         pool.submit(_save_as_rank, rank, world_size, port, where, config, rounds) for rank, pool in enumerate(pools)
     ]
-    found, *_ = [rank.result() for rank in ranks]
+    over, _ = wait(ranks, return_when=FIRST_EXCEPTION)
+    if any(rank.exception() for rank in over):  # the others would wait for it for ever
+        for process in psutil.Process().children():
+            process.kill()
+    found, *_ = [rank.result() for rank in sorted(over, key=ranks.index)]
     for pool in pools:
         pool.shutdown()
     shutil.rmtree(where)
@@ -268,7 +274,8 @@ def _timed_call(save: Callable[[Path], Any], folder: Path, _: int) -> Timed:
     blocked_s = time.monotonic() - start
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as stream:
+            # safetensors writes aside and renames: what another rank is writing may be gone under this name
+            with suppress(FileNotFoundError), path.open("rb") as stream:
                 os.fsync(stream.fileno())
     return Timed(blocked_s, time.monotonic() - start)
 
