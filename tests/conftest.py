@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from browser import browser
 from slurm_cluster import SlurmCluster
 
 from asr_train.config import Recipe
@@ -154,6 +155,16 @@ def tiny_recipe_file(tiny_recipe, tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def window():
+    """A browser for a module's tests; where there is none they are skipped, which `make test` counts as failed."""
+    try:
+        with browser() as opened:
+            yield opened
+    except RuntimeError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

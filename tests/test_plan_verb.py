@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from browser import browser
 
 from asr_train import pace
 from asr_train.errors import CorpusError, RecipeError, RunError
@@ -314,15 +313,6 @@ def test_of_a_model_whose_config_is_not_here_steps_are_said_and_memory_and_time_
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def window():
-    try:
-        with browser() as opened:
-            yield opened
-    except RuntimeError as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize(("width", "is_phone"), [(1280, False), (390, True)])

@@ -10,7 +10,6 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from browser import browser
 from rich_run import write_rich_run
 from selenium.webdriver.common.keys import Keys
 
@@ -24,15 +23,6 @@ ATTACK = (
     "\"'><svg onload=window.attacked=1> {{ 7 * 6 }} %{x} <a href='javascript:window.attacked=1'>here</a> \u202edlrow"
 )
 ARABIC = ("أريد بطاقة جديدة", "أريد بطاقات جديدة")
-
-
-@pytest.fixture(scope="module")
-def window():
-    try:
-        with browser() as opened:
-            yield opened
-    except RuntimeError as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")
